@@ -1,0 +1,251 @@
+"""What is stored and how: tables, connections and the encryption key file."""
+
+import fcntl
+import os
+import sqlite3
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, cast
+
+import sqlalchemy as sa
+from click import ClickException
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+from flask import Flask, current_app, g
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class OperatorError(ClickException):
+    """Name a fault and its remedy: commands print them as one line, views log them."""
+
+
+class NotSetError(OperatorError):
+    """Say that there is no configuration."""
+
+
+class UnreadableKeyError(OperatorError):
+    """Say that the stored API key cannot be decrypted."""
+
+
+class Base(DeclarativeBase):
+    """Hold the metadata of the tables."""
+
+
+# Autocommit: each statement is atomic by itself, and none reads before it writes in one
+# transaction, which fails with SQLite's BUSY_SNAPSHOT.
+db = SQLAlchemy(
+    model_class=Base, engine_options={"hide_parameters": True, "isolation_level": "AUTOCOMMIT"}
+)
+
+
+class Credential(Base):
+    """An API key and the digest of its secret."""
+
+    __tablename__ = "credential"
+
+    api_key: Mapped[str] = mapped_column(sa.String(32), primary_key=True)
+    secret_hash: Mapped[str] = mapped_column(sa.String(64))
+    name: Mapped[str | None]
+    created_at: Mapped[str]
+    last_used_at: Mapped[str | None]
+
+
+class ProviderConfig(Base):
+    """The one AI provider and its encrypted API key."""
+
+    __tablename__ = "provider_config"
+    __table_args__ = (sa.CheckConstraint("id = 1", name="singleton"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    provider: Mapped[str] = mapped_column(sa.String(140))
+    api_key_encrypted: Mapped[str]
+    updated_at: Mapped[str]
+    updated_by: Mapped[str] = mapped_column(sa.String(32))
+
+
+SELECT_PROVIDER = sa.select(ProviderConfig.__table__)
+# Written out because SQLAlchemy has an upsert for each dialect, but none for all.
+UPSERT_PROVIDER = sa.text("""
+    INSERT INTO provider_config (id, provider, api_key_encrypted, updated_at, updated_by)
+    VALUES (1, :provider, :api_key_encrypted, :updated_at, :updated_by)
+    ON CONFLICT (id) DO UPDATE SET
+        provider = excluded.provider, api_key_encrypted = excluded.api_key_encrypted,
+        updated_at = excluded.updated_at, updated_by = excluded.updated_by
+""")
+
+
+def utc_now(timespec: str = "seconds") -> str:
+    """Return the time in UTC as ISO 8601, the form in which it is stored and shown."""
+    return datetime.now(timezone.utc).isoformat(timespec=timespec)[:-6] + "Z"
+
+
+def init_app(app: Flask) -> None:
+    """Open the database and create what is missing; raise OperatorError if that fails."""
+    os.umask(0o077)  # what is created is its owner's alone
+    try:
+        url = sa.make_url(app.config["SQLALCHEMY_DATABASE_URI"])
+    except (sa.exc.ArgumentError, ValueError):
+        url = sa.URL.create("none")
+    in_memory = url.database in {None, "", ":memory:"}
+    if url.drivername != "sqlite" or url.host or url.query or in_memory:
+        raise OperatorError("DATABASE_URL must be sqlite:/// and a file's path.")
+    # Wait for a lock at most this long, twice in a PUT: a stop takes less than 5 seconds.
+    app.config["SQLALCHEMY_DATABASE_URI"] = url.update_query_dict({"timeout": "2"})
+    db.init_app(app)
+    app.teardown_appcontext(close_connection)
+    with app.app_context():
+        sa.event.listen(db.engine, "connect", set_durability)
+        sa.event.listen(db.engine, "handle_error", raise_database_error)
+        try:
+            create_storage(Path(str(db.engine.url.database)))
+        except OSError as error:
+            raise OperatorError(f"{error.filename}: {error.strerror}.") from error
+
+
+def set_durability(driver_connection: sqlite3.Connection, _record: object) -> None:
+    """Have each commit reach the disk before it is acknowledged."""
+    driver_connection.execute("PRAGMA synchronous = FULL")
+
+
+def database_error(cause: object) -> OperatorError:
+    """Return an error that names the cause and the remedy, no statement."""
+    return OperatorError(
+        f"Database error: {cause}. Check that the database of DATABASE_URL is there, intact,"
+        " writable, not locked, and has disk space."
+    )
+
+
+def raise_database_error(context: ExceptionContext) -> None:
+    """Replace the error of the database driver."""
+    raise database_error(context.original_exception)
+
+
+class DatabaseFile:
+    """Watch the SQLite file: SQLite goes on with a deleted one, and acknowledges its loss."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it for good: to close it would drop the locks that SQLite has on it."""
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def check(self) -> None:
+        """Raise OperatorError if it is gone or overwritten; go over to a new one."""
+        try:
+            if not os.path.samestat(self.path.stat(), os.fstat(self.descriptor)):
+                db.engine.dispose()
+                self.descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise database_error(f"{self.path}: {error.strerror}") from error
+        if os.pread(self.descriptor, 16, 0) != b"SQLite format 3\0":
+            raise database_error(f"{self.path}: not an SQLite database")
+
+
+def create_storage(path: Path) -> None:
+    """Create database, tables and key file where missing, one process at a time."""
+    with ExitStack() as stack:
+        folder = os.open(path.parent, os.O_RDONLY)
+        stack.callback(os.close, folder)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if not path.exists():
+            path.touch()
+            current_app.logger.warning("Created database %s.", path)
+        with db.engine.connect() as database:
+            database.exec_driver_sql("PRAGMA journal_mode = WAL")
+            Base.metadata.create_all(database)
+            is_set = database.execute(SELECT_PROVIDER).first()
+        current_app.extensions["database_file"] = DatabaseFile(path)
+        if not is_set and not key_file().exists():
+            create_key_file()
+
+
+def connection() -> sa.Connection:
+    """Return the one database connection of this request or command."""
+    if "connection" not in g:
+        current_app.extensions["database_file"].check()
+        g.connection = db.engine.connect()
+    return cast(sa.Connection, g.connection)
+
+
+def close_connection(_error: BaseException | None) -> None:
+    """Give the connection back to the pool."""
+    if "connection" in g:
+        g.pop("connection").close()
+
+
+def set_provider(provider: str, api_key: str, updated_by: str) -> None:
+    """Encrypt the API key and store the configuration, replacing any other."""
+    if not key_file().exists():
+        create_key_file()  # for a lost one: what that encrypted is replaced here
+    values = {
+        "provider": provider,
+        "api_key_encrypted": read_keys().encrypt(api_key.encode()).decode(),
+        "updated_at": utc_now(),
+        "updated_by": updated_by,
+    }
+    connection().execute(UPSERT_PROVIDER, values)
+
+
+def get_provider() -> sa.Row[Any]:
+    """Return the configuration, its API key encrypted; raise NotSetError."""
+    row = connection().execute(SELECT_PROVIDER).one_or_none()
+    if row is None:
+        raise NotSetError("No provider is set yet.")
+    return row
+
+
+def decrypt(api_key_encrypted: str) -> str:
+    """Return the API key; raise UnreadableKeyError."""
+    try:
+        return read_keys().decrypt(api_key_encrypted).decode()
+    except (InvalidToken, OperatorError) as error:
+        cause = str(error) or f"No key in {key_file()} encrypted it."
+        current_app.logger.error("The stored API key is not readable. %s", cause)
+        raise UnreadableKeyError(
+            "The stored API key is not readable with the present encryption key. Restore the"
+            " encryption key file, or remove it and set the provider again."
+        ) from error
+
+
+def clear_provider() -> None:
+    """Remove the configuration; raise NotSetError."""
+    if not connection().execute(sa.delete(ProviderConfig)).rowcount:
+        raise NotSetError("No provider is set yet.")
+
+
+def key_file() -> Path:
+    """Return the path of the encryption key file."""
+    return Path(current_app.instance_path, current_app.config["ENCRYPTION_KEY_FILE"])
+
+
+def read_keys() -> MultiFernet:
+    """Return the cipher of the key file: one Fernet key a line, newest first."""
+    try:
+        return MultiFernet([Fernet(key) for key in key_file().read_bytes().split()])
+    except (OSError, ValueError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "not Fernet keys"
+        raise OperatorError(
+            f"Encryption key file {key_file()}: {cause}. Restore it from a backup; if it is lost,"
+            " remove what is left of it and set the provider again."
+        ) from error
+
+
+def create_key_file() -> None:
+    """Generate the encryption key file, whole or not at all, over no other."""
+    path = key_file()
+    try:
+        with NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.") as file:
+            file.write(Fernet.generate_key() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            os.link(file.name, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except FileExistsError:  # another process was first
+        return
+    except OSError as error:
+        raise OperatorError(f"Encryption key file {path}: {error.strerror}.") from error
+    current_app.logger.warning("Generated encryption key file %s.", path)

@@ -1,0 +1,175 @@
+from base64 import b64encode
+
+import pytest
+import sqlalchemy as sa
+from conftest import CONFIG, URL, basic
+from flask import Flask
+from flask.testing import FlaskClient, FlaskCliRunner
+from sqlalchemy import select
+
+import auth
+from models import Credential, connection, db
+
+KEY, SECRET = "k" * 32, "s" * 64
+UNAUTHORIZED = {
+    "status": "error",
+    "message": (
+        "Send a valid credential: Authorization: Basic base64(api_key:api_secret)"
+        " or Authorization: token api_key:api_secret."
+    ),
+    "error_type": "UnauthorizedException",
+    "data": None,
+}
+
+
+def encoded(value: bytes) -> str:
+    return b64encode(value).decode()
+
+
+@pytest.mark.parametrize("scheme", ["Basic", "basic", "BASIC", "Basic  "])
+def test_basic_scheme_is_accepted(client: FlaskClient, credential: str, scheme: str) -> None:
+    header = f"{scheme} {encoded(credential.encode())}"
+    answer = client.put(URL, json=CONFIG, headers={"Authorization": header})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("scheme", ["token", "Token", "TOKEN"])
+def test_token_scheme_is_accepted(client: FlaskClient, credential: str, scheme: str) -> None:
+    headers = {"Authorization": f"{scheme} {credential}"}
+    assert client.put(URL, json=CONFIG, headers=headers).status_code == 200
+
+
+BAD_HEADERS = {
+    "empty": "",
+    "scheme only": "Basic",
+    "unknown scheme": f"Bearer {KEY}:{SECRET}",
+    "token glued": f"token{KEY}:{SECRET}",
+    "bad base64": "Basic !!!!",
+    "garbage in base64": f"Basic *{encoded(f'{KEY}:{SECRET}'.encode())}",
+    "base64 without padding": f"Basic {encoded(b'a:bb').rstrip('=')}",
+    "basic in plain text": f"Basic {KEY}:{SECRET}",
+    "no colon": f"token {KEY}{SECRET}",
+    "no secret": f"token {KEY}:",
+    "no key": f"token :{SECRET}",
+    "three parts": f"token {KEY}:{SECRET}:x",
+    "trailing equals sign": f"token {KEY}:{SECRET}=",
+    "NUL": f"Basic {encoded(f'{KEY}:{SECRET}'.encode() + bytes(1))}",
+    "not ASCII": f"token {KEY}:é{SECRET[1:]}",
+    "not UTF-8": f"Basic {encoded(bytes([255]) * 97)}",
+    "wildcard": f"token {'%' * 32}:{SECRET}",
+    "very long": f"token {KEY}:{SECRET * 1000}",
+}
+
+
+@pytest.mark.parametrize("header", BAD_HEADERS.values(), ids=BAD_HEADERS)
+def test_malformed_header_is_rejected(client: FlaskClient, header: str) -> None:
+    answer = client.put(URL, json=CONFIG, headers={"Authorization": header})
+    assert (answer.status_code, answer.json) == (401, UNAUTHORIZED)
+
+
+def test_every_failure_gets_the_same_bytes(
+    client: FlaskClient, app: Flask, runner: FlaskCliRunner, credential: str
+) -> None:
+    with app.app_context():
+        revoked = auth.issue_credential(None)
+    runner.invoke(args=["credentials", "revoke", revoked[:32]])
+    answers = [
+        client.put(URL, json=CONFIG, headers=headers)
+        for headers in (
+            {},
+            {"Authorization": f"token {KEY}:{SECRET}"},
+            {"Authorization": f"token {credential[:32]}:{SECRET}"},
+            {"Authorization": f"token {revoked}"},
+            {"Authorization": basic(revoked)},
+        )
+    ]
+    assert {(answer.status_code, answer.data) for answer in answers} == {(401, answers[0].data)}
+    assert answers[0].json == UNAUTHORIZED
+    assert {str(answer.headers) for answer in answers} == {str(answers[0].headers)}
+    assert answers[0].headers.getlist("WWW-Authenticate") == [
+        'Basic realm="AI provider"',
+        'Token realm="AI provider"',
+    ]
+
+
+def test_revoked_credential_is_rejected(
+    client: FlaskClient, runner: FlaskCliRunner, credential: str, auth_headers: dict[str, str]
+) -> None:
+    assert client.put(URL, json=CONFIG, headers=auth_headers).status_code == 200
+    runner.invoke(args=["credentials", "revoke", credential[:32]])
+    answer = client.get(URL, headers=auth_headers)
+    assert (answer.status_code, answer.json) == (401, UNAUTHORIZED)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT"])
+def test_each_method_needs_a_credential(client: FlaskClient, method: str) -> None:
+    assert client.open(URL, method=method).status_code == 401
+
+
+def test_authentication_comes_before_the_body(client: FlaskClient) -> None:
+    answer = client.put(URL, data=b"x" * 70_000, content_type="text/plain")
+    assert answer.status_code == 401
+
+
+def test_options_and_health_need_no_credential(client: FlaskClient) -> None:
+    answer = client.options(URL)
+    assert answer.status_code == 200
+    assert {*answer.allow} == {"GET", "HEAD", "OPTIONS", "PUT"}
+    answer = client.get("/health")
+    assert (answer.status_code, answer.json) == (
+        200,
+        {"status": "success", "data": True},
+    )
+
+
+def test_failure_is_logged_with_the_address_only(
+    client: FlaskClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    client.get(URL, headers={"Authorization": f"token {KEY}:{SECRET}"})
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("WARNING", "Authentication failed from 127.0.0.1")
+    ]
+
+
+def test_database_holds_the_digest_and_the_minute_of_the_last_use(
+    app: Flask, client: FlaskClient, credential: str, auth_headers: dict[str, str]
+) -> None:
+    row_of = select(Credential.secret_hash, Credential.name, Credential.last_used_at)
+    with app.app_context():
+        assert connection().execute(row_of).one().last_used_at is None
+    client.get(URL, headers=auth_headers)
+    with app.app_context():
+        row = connection().execute(row_of).one()
+    assert row.secret_hash == auth.hash_secret(credential[33:])
+    assert row.name == "test"
+    assert len(row.last_used_at) == len("2026-11-23T12:55Z")
+
+
+def test_not_every_request_writes(
+    app: Flask, client: FlaskClient, auth_headers: dict[str, str]
+) -> None:
+    statements: list[str] = []
+
+    def record(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement.split()[0])
+
+    with app.app_context():
+        sa.event.listen(db.engine, "before_cursor_execute", record)
+    for _ in range(5):
+        client.get(URL, headers=auth_headers)
+    assert statements.count("SELECT") == 10
+    assert 1 <= statements.count("UPDATE") <= 2  # 2 where the minute changes
+
+
+def test_unknown_key_costs_a_comparison_too(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[tuple[str, str]] = []
+
+    def compare(stored: str, sent: str) -> bool:
+        compared.append((stored, sent))
+        return stored == sent
+
+    monkeypatch.setattr(auth, "compare_digest", compare)
+    client.get(URL, headers={"Authorization": f"token {KEY}:{SECRET}"})
+    assert [len(digest) for digest in compared[0]] == [64, 64]

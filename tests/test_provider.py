@@ -1,0 +1,228 @@
+import json
+import re
+from typing import Any
+
+import pytest
+from conftest import API_KEY, CONFIG, URL, basic
+from flask import Flask
+from flask.testing import FlaskClient
+
+import auth
+import models
+
+SPACE = "Must not begin or end with white space or a line break."
+ASCII = "Must be of visible ASCII characters, as no masked key is."
+TYPE = "Not a valid string."
+MISSING = "Missing data for required field."
+LENGTHS = {
+    "provider": "Length must be between 1 and 140.",
+    "api_key": "Length must be between 1 and 4096.",
+}
+
+
+def stored(app: Flask) -> tuple[str, str, str, str] | None:
+    """Return provider, API key, and when and by whom they were set."""
+    with app.app_context():
+        row = models.connection().execute(models.SELECT_PROVIDER).one_or_none()
+        if row is None:
+            return None
+        api_key = models.decrypt(row.api_key_encrypted)
+        return row.provider, api_key, row.updated_at, row.updated_by
+
+
+def test_put_answers_the_documented_envelope_and_stores_both_fields(
+    app: Flask, client: FlaskClient, credential: str
+) -> None:
+    answer = client.put(URL, json=CONFIG, headers={"Authorization": basic(credential)})
+    assert answer.status_code == 200
+    assert answer.json == {"status": "success", "data": True}
+    config = stored(app)
+    assert config
+    assert config[:2] == ("openai", API_KEY)
+    assert config[3] == credential[:32]
+
+
+def test_put_replaces_both_fields(
+    app: Flask, client: FlaskClient, auth_headers: dict[str, str]
+) -> None:
+    client.put(URL, json=CONFIG, headers=auth_headers)
+    other = {"provider": "anthropic", "api_key": "another key"}
+    assert client.put(URL, json=other, headers=auth_headers).status_code == 200
+    config = stored(app)
+    assert config
+    assert config[:2] == ("anthropic", "another key")
+
+
+def test_get_shows_the_configuration_masked_in_the_documented_order(
+    client: FlaskClient, credential: str, auth_headers: dict[str, str]
+) -> None:
+    client.put(URL, json=CONFIG, headers=auth_headers)
+    answer = client.get(URL, headers=auth_headers)
+    assert answer.status_code == 200
+    assert re.fullmatch(
+        r'{"status":"success","data":{"provider":"openai","api_key":"•{10}wxyz",'
+        r'"updated_at":"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ",'
+        rf'"updated_by":"{credential[:32]}"}}}}\n',
+        answer.text,
+    )
+
+
+@pytest.mark.parametrize(
+    ("api_key", "masked"),
+    [
+        pytest.param("x", "•" * 10, id="shortest"),
+        pytest.param("abcdefghijk", "•" * 10, id="11 characters"),
+        pytest.param("abcdefghijkl", "•" * 10 + "ijkl", id="12 characters"),
+        pytest.param("k" * 4092 + "tail", "•" * 10 + "tail", id="longest"),
+    ],
+)
+def test_mask_hides_length_and_short_keys(
+    client: FlaskClient, auth_headers: dict[str, str], api_key: str, masked: str
+) -> None:
+    body = {"provider": "openai", "api_key": api_key}
+    assert client.put(URL, json=body, headers=auth_headers).status_code == 200
+    answer = client.get(URL, headers=auth_headers)
+    assert answer.get_json()["data"]["api_key"] == masked
+
+
+def test_get_before_the_first_put_is_404(client: FlaskClient, auth_headers: dict[str, str]) -> None:
+    answer = client.get(URL, headers=auth_headers)
+    assert answer.status_code == 404
+    assert answer.json == {
+        "status": "error",
+        "message": "No provider is set yet.",
+        "error_type": "NotFoundException",
+        "data": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "value", ["!", "~", "a b", "p" * 140], ids=["first", "last", "space", "longest"]
+)
+def test_boundaries_of_provider_are_accepted(
+    app: Flask, client: FlaskClient, auth_headers: dict[str, str], value: str
+) -> None:
+    body = {"provider": value, "api_key": value}
+    assert client.put(URL, json=body, headers=auth_headers).status_code == 200
+    config = stored(app)
+    assert config
+    assert config[:2] == (value, value)
+
+
+BAD_FIELDS = [
+    pytest.param({field: value}, {field: messages}, id=f"{field}-{name}")
+    for field in ("provider", "api_key")
+    for name, value, messages in [
+        ("empty", "", [LENGTHS[field]]),
+        ("too long", "SECRET" * 683, [LENGTHS[field]]),
+        ("number", 53127, [TYPE]),
+        ("boolean", True, [TYPE]),
+        ("object", {"SECRET": "SECRET"}, [TYPE]),
+        ("list", ["SECRET"], [TYPE]),
+        ("null", None, ["Field may not be null."]),
+        ("trailing newline", "SECRET\n", [SPACE]),
+        ("leading space", " SECRET", [SPACE]),
+        ("only a tab", "\t", [SPACE]),
+        ("trailing no-break space", "SECRET\u00a0", [SPACE]),
+        ("inner newline", "SECRET\nX", [ASCII]),
+        ("inner NUL", "SECRET\0X", [ASCII]),
+        ("DEL", "SECRET\x7fX", [ASCII]),
+        ("not ASCII", "SECRÉT", [ASCII]),
+        ("lone surrogate", "SECRET\ud800X", [ASCII]),
+        ("masked", "••••••••••wxyz", [ASCII]),
+    ]
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "data"),
+    [
+        *BAD_FIELDS,
+        pytest.param({"extra": "SECRET"}, {"extra": ["Unknown field."]}, id="unknown"),
+        pytest.param({"\ud800é": 1}, {"\\ud800\\xe9": ["Unknown field."]}, id="unknown surrogate"),
+        pytest.param(
+            {"provider": "", "api_key": 1},
+            {"provider": [LENGTHS["provider"]], "api_key": [TYPE]},
+            id="both",
+        ),
+    ],
+)
+def test_invalid_field_is_named_with_its_rule_and_changes_nothing(
+    app: Flask,
+    client: FlaskClient,
+    auth_headers: dict[str, str],
+    caplog: pytest.LogCaptureFixture,
+    change: dict[str, Any],
+    data: dict[str, list[str]],
+) -> None:
+    client.put(URL, json=CONFIG, headers=auth_headers)
+    before = stored(app)
+    answer = client.put(
+        URL,
+        data=json.dumps(CONFIG | change),
+        headers=auth_headers,
+        content_type="application/json",
+    )
+    assert answer.status_code == 400
+    assert answer.json == {
+        "status": "error",
+        "message": " ".join(f"{field}: {data[field][0]}" for field in sorted(data)),
+        "error_type": "InputException",
+        "data": data,
+    }
+    assert "SECR" not in answer.text + caplog.text
+    assert "53127" not in answer.text + caplog.text
+    assert stored(app) == before
+
+
+@pytest.mark.parametrize(
+    ("body", "missing"),
+    [
+        ({}, ["provider", "api_key"]),
+        ({"provider": "openai"}, ["api_key"]),
+        ({"api_key": "k"}, ["provider"]),
+    ],
+    ids=["both", "api_key", "provider"],
+)
+def test_missing_field_is_named(
+    app: Flask,
+    client: FlaskClient,
+    auth_headers: dict[str, str],
+    body: dict[str, str],
+    missing: list[str],
+) -> None:
+    answer = client.put(URL, json=body, headers=auth_headers)
+    assert answer.status_code == 400
+    assert answer.json == {
+        "status": "error",
+        "message": " ".join(f"{field}: {MISSING}" for field in sorted(missing)),
+        "error_type": "InputException",
+        "data": {field: [MISSING] for field in missing},
+    }
+    assert stored(app) is None
+
+
+def test_change_is_logged_with_provider_and_credential_key_only(
+    client: FlaskClient,
+    credential: str,
+    auth_headers: dict[str, str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO"):
+        client.put(URL, json=CONFIG, headers=auth_headers)
+    assert caplog.messages == [f"Provider set to openai by {credential[:32]}"]
+
+
+def test_replacement_has_its_own_time_and_author(
+    app: Flask, client: FlaskClient, auth_headers: dict[str, str]
+) -> None:
+    client.put(URL, json=CONFIG, headers=auth_headers)
+    with app.app_context():
+        models.connection().exec_driver_sql("UPDATE provider_config SET updated_at = '2001'")
+        other = auth.issue_credential(None)
+        now = models.utc_now()
+    client.put(URL, json=CONFIG, headers={"Authorization": basic(other)})
+    config = stored(app)
+    assert config
+    assert config[2] >= now
+    assert config[3] == other[:32]
