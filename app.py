@@ -19,7 +19,7 @@ from werkzeug.wrappers import Response
 import auth
 import models
 from models import NotSetError, OperatorError, UnreadableKeyError
-from schemas import ProviderSchema, failure, masked, success
+from schemas import failure, masked, provider_schema, success
 
 bp = Blueprint("provider", __name__, url_prefix="/api/v1/ai/provider")
 bp.cli.help = "Show or remove the provider configuration."
@@ -38,7 +38,7 @@ def read_json_object() -> dict[str, Any]:
 @bp.put("")
 def update_provider() -> dict[str, object]:
     """Create or replace the configuration."""
-    config = ProviderSchema().load(read_json_object())
+    config = provider_schema.load(read_json_object())
     models.set_provider(**config, updated_by=g.api_key)
     current_app.logger.info("Provider set to %s by %s", config["provider"], g.api_key)
     return success(True)

@@ -5,6 +5,7 @@ import os
 import sqlite3
 from contextlib import ExitStack
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, cast
@@ -94,6 +95,7 @@ def init_app(app: Flask) -> None:
         raise OperatorError("DATABASE_URL must be sqlite:/// and a file's path.")
     # Wait for a lock at most this long, twice in a PUT: a stop takes less than 5 seconds.
     app.config["SQLALCHEMY_DATABASE_URI"] = url.update_query_dict({"timeout": "2"})
+    app.config["ENCRYPTION_KEY_FILE"] = Path(app.instance_path, app.config["ENCRYPTION_KEY_FILE"])
     db.init_app(app)
     app.teardown_appcontext(close_connection)
     with app.app_context():
@@ -217,19 +219,25 @@ def clear_provider() -> None:
 
 def key_file() -> Path:
     """Return the path of the encryption key file."""
-    return Path(current_app.instance_path, current_app.config["ENCRYPTION_KEY_FILE"])
+    return cast(Path, current_app.config["ENCRYPTION_KEY_FILE"])
 
 
 def read_keys() -> MultiFernet:
     """Return the cipher of the key file: one Fernet key a line, newest first."""
     try:
-        return MultiFernet([Fernet(key) for key in key_file().read_bytes().split()])
+        return cipher(key_file().read_bytes())
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else "not Fernet keys"
         raise OperatorError(
             f"Encryption key file {key_file()}: {cause}. Restore it from a backup; if it is lost,"
             " remove what is left of it and set the provider again."
         ) from error
+
+
+@lru_cache(maxsize=1)
+def cipher(keys: bytes) -> MultiFernet:
+    """Return the cipher of these lines; raise ValueError where one is no key."""
+    return MultiFernet([Fernet(key) for key in keys.split()])
 
 
 def create_key_file() -> None:

@@ -20,6 +20,9 @@ class ProviderSchema(Schema):
     api_key = fields.String(required=True, validate=[validate.Length(1, 4096), header_value])
 
 
+provider_schema = ProviderSchema()
+
+
 def masked(api_key: str) -> str:
     """Hide all but the end of a long key, and its length."""
     return "•" * 10 + (api_key[-4:] if len(api_key) >= 12 else "")

@@ -300,10 +300,10 @@ def test_key_file_is_whole_or_absent_on_a_full_disk(
 ) -> None:
     path = tmp_path / "encryption.key"
     path.unlink()
-    app.config["ENCRYPTION_KEY_FILE"] = "/dev/full/encryption.key"
+    app.config["ENCRYPTION_KEY_FILE"] = Path("/dev/full/encryption.key")
     answer = client.put(URL, json=CONFIG, headers=auth_headers)
     assert (answer.status_code, answer.json) == (500, FAILURE)
-    app.config["ENCRYPTION_KEY_FILE"] = str(path)
+    app.config["ENCRYPTION_KEY_FILE"] = path
     assert client.put(URL, json=CONFIG, headers=auth_headers).status_code == 200
 
 
