@@ -8,24 +8,15 @@ from hashlib import sha256
 from hmac import compare_digest
 
 import click
-import sqlalchemy as sa
 from flask import Blueprint, current_app, g, request
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import Unauthorized
 
-from models import Credential, OperatorError, connection, utc_now
+from models import OperatorError, execute, utc_now
 
 ALPHANUMERICS = string.ascii_letters + string.digits
 CREDENTIAL = re.compile(r"([A-Za-z0-9]{32}):([A-Za-z0-9]{64})")
 CHALLENGES = [WWWAuthenticate(scheme, {"realm": "AI provider"}) for scheme in ("basic", "token")]
-SELECT_CREDENTIAL = sa.select(Credential.secret_hash, Credential.last_used_at).where(
-    Credential.api_key == sa.bindparam("key")
-)
-UPDATE_LAST_USED = (
-    sa.update(Credential)
-    .where(Credential.api_key == sa.bindparam("key"))
-    .values(last_used_at=sa.bindparam("now"))
-)
 
 bp = Blueprint("credentials", __name__)
 bp.cli.help = "Manage the credentials of the API's clients."
@@ -53,14 +44,16 @@ def hash_secret(api_secret: str) -> str:
 
 def verify(api_key: str, api_secret: str) -> bool:
     """Tell whether the credential is valid, in the same time if the key is unknown."""
-    row = connection().execute(SELECT_CREDENTIAL, {"key": api_key}).one_or_none()
-    secret_hash = row.secret_hash if row else hash_secret("")
-    if not compare_digest(secret_hash, hash_secret(api_secret)) or row is None:
+    select = "SELECT secret_hash, last_used_at FROM credential WHERE api_key = :key"
+    rows = execute(select, key=api_key)
+    secret_hash, last_used_at = rows[0] if rows else (hash_secret(""), None)
+    if not compare_digest(secret_hash, hash_secret(api_secret)) or not rows:
         return False
     now = utc_now("minutes")  # so that not every request writes
-    if row.last_used_at != now:
+    if last_used_at != now:
         try:
-            connection().execute(UPDATE_LAST_USED, {"key": api_key, "now": now})
+            update = "UPDATE credential SET last_used_at = :now WHERE api_key = :key"
+            execute(update, key=api_key, now=now)
         except OperatorError as error:  # bookkeeping never refuses a request
             current_app.logger.warning("Last use not recorded. %s", error)
     return True
@@ -86,8 +79,14 @@ def issue_credential(name: str | None) -> str:
     api_key, api_secret = (
         "".join(secrets.choice(ALPHANUMERICS) for _ in range(length)) for length in (32, 64)
     )
-    values = {"api_key": api_key, "secret_hash": hash_secret(api_secret), "name": name}
-    connection().execute(sa.insert(Credential), values | {"created_at": utc_now()})
+    execute(
+        "INSERT INTO credential (api_key, secret_hash, name, created_at)"
+        " VALUES (:api_key, :secret_hash, :name, :created_at)",
+        api_key=api_key,
+        secret_hash=hash_secret(api_secret),
+        name=name,
+        created_at=utc_now(),
+    )
     return f"{api_key}:{api_secret}"
 
 
@@ -107,16 +106,16 @@ def list_command() -> None:
     """Print the credentials as a table, without secrets."""
     line = "{:32}  {:20}  {:17}  {}".format
     click.echo(line("API_KEY", "CREATED", "LAST_USED", "NAME"))
-    table = Credential.__table__
-    for row in connection().execute(sa.select(table).order_by(table.c.created_at)):
-        click.echo(line(row.api_key, row.created_at, row.last_used_at or "never", row.name or ""))
+    select = "SELECT api_key, created_at, last_used_at, name FROM credential ORDER BY created_at"
+    for api_key, created_at, last_used_at, name in execute(select):
+        click.echo(line(api_key, created_at, last_used_at or "never", name or ""))
 
 
 @bp.cli.command("revoke")
 @click.argument("api_key")
 def revoke_command(api_key: str) -> None:
     """Make the credential of this API key invalid from the next request on."""
-    statement = sa.delete(Credential).where(Credential.api_key == api_key)
-    if not connection().execute(statement).rowcount:
+    delete = "DELETE FROM credential WHERE api_key = :key RETURNING api_key"
+    if not execute(delete, key=api_key):
         raise OperatorError("No credential has this API key; see: flask credentials list.")
     click.echo("Revoked.", err=True)

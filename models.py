@@ -38,7 +38,13 @@ class Base(DeclarativeBase):
 # Autocommit: each statement is atomic by itself, and none reads before it writes in one
 # transaction, which fails with SQLite's BUSY_SNAPSHOT.
 db = SQLAlchemy(
-    model_class=Base, engine_options={"hide_parameters": True, "isolation_level": "AUTOCOMMIT"}
+    model_class=Base,
+    engine_options={
+        "hide_parameters": True,
+        "isolation_level": "AUTOCOMMIT",
+        "paramstyle": "named",
+        "pool_reset_on_return": None,
+    },
 )
 
 
@@ -67,15 +73,14 @@ class ProviderConfig(Base):
     updated_by: Mapped[str] = mapped_column(sa.String(32))
 
 
-SELECT_PROVIDER = sa.select(ProviderConfig.__table__)
-# Written out because SQLAlchemy has an upsert for each dialect, but none for all.
-UPSERT_PROVIDER = sa.text("""
+SELECT_PROVIDER = "SELECT provider, api_key_encrypted, updated_at, updated_by FROM provider_config"
+UPSERT_PROVIDER = """
     INSERT INTO provider_config (id, provider, api_key_encrypted, updated_at, updated_by)
     VALUES (1, :provider, :api_key_encrypted, :updated_at, :updated_by)
     ON CONFLICT (id) DO UPDATE SET
         provider = excluded.provider, api_key_encrypted = excluded.api_key_encrypted,
         updated_at = excluded.updated_at, updated_by = excluded.updated_by
-""")
+"""
 
 
 def utc_now(timespec: str = "seconds") -> str:
@@ -157,18 +162,32 @@ def create_storage(path: Path) -> None:
         with db.engine.connect() as database:
             database.exec_driver_sql("PRAGMA journal_mode = WAL")
             Base.metadata.create_all(database)
-            is_set = database.execute(SELECT_PROVIDER).first()
+            is_set = database.exec_driver_sql(SELECT_PROVIDER).first()
         current_app.extensions["database_file"] = DatabaseFile(path)
         if not is_set and not key_file().exists():
             create_key_file()
 
 
-def connection() -> sa.Connection:
-    """Return the one database connection of this request or command."""
+def execute(statement: str, **parameters: str | None) -> list[Any]:
+    """Return the rows of a statement, run on the one connection of this request or command.
+
+    The driver's cursor runs it: execution by SQLAlchemy costs as much as all the rest.
+    """
     if "connection" not in g:
         current_app.extensions["database_file"].check()
-        g.connection = db.engine.connect()
-    return cast(sa.Connection, g.connection)
+        g.connection = db.engine.raw_connection()
+    cursor = g.connection.cursor()
+    try:
+        cursor.execute(driver_sql(statement, db.engine.dialect), parameters)
+        return cast(list[Any], cursor.fetchall())  # to the end: no read is left open
+    except sqlite3.Error as error:
+        raise database_error(error) from error
+
+
+@lru_cache
+def driver_sql(statement: str, dialect: sa.Dialect) -> str:
+    """Return the statement with its parameters marked as the driver wants them."""
+    return str(sa.text(statement).compile(dialect=dialect))
 
 
 def close_connection(_error: BaseException | None) -> None:
@@ -181,21 +200,23 @@ def set_provider(provider: str, api_key: str, updated_by: str) -> None:
     """Encrypt the API key and store the configuration, replacing any other."""
     if not key_file().exists():
         create_key_file()  # for a lost one: what that encrypted is replaced here
-    values = {
-        "provider": provider,
-        "api_key_encrypted": read_keys().encrypt(api_key.encode()).decode(),
-        "updated_at": utc_now(),
-        "updated_by": updated_by,
-    }
-    connection().execute(UPSERT_PROVIDER, values)
+    execute(
+        UPSERT_PROVIDER,
+        provider=provider,
+        api_key_encrypted=read_keys().encrypt(api_key.encode()).decode(),
+        updated_at=utc_now(),
+        updated_by=updated_by,
+    )
 
 
-def get_provider() -> sa.Row[Any]:
-    """Return the configuration, its API key encrypted; raise NotSetError."""
-    row = connection().execute(SELECT_PROVIDER).one_or_none()
-    if row is None:
-        raise NotSetError("No provider is set yet.")
-    return row
+def get_provider() -> tuple[str, str, str, str]:
+    """Return provider, API key, and when and by whom they were set.
+
+    Raise NotSetError or UnreadableKeyError.
+    """
+    for provider, api_key_encrypted, updated_at, updated_by in execute(SELECT_PROVIDER):
+        return provider, decrypt(api_key_encrypted), updated_at, updated_by
+    raise NotSetError("No provider is set yet.")
 
 
 def decrypt(api_key_encrypted: str) -> str:
@@ -213,7 +234,7 @@ def decrypt(api_key_encrypted: str) -> str:
 
 def clear_provider() -> None:
     """Remove the configuration; raise NotSetError."""
-    if not connection().execute(sa.delete(ProviderConfig)).rowcount:
+    if not execute("DELETE FROM provider_config RETURNING id"):
         raise NotSetError("No provider is set yet.")
 
 

@@ -1,14 +1,14 @@
 from base64 import b64encode
+from hashlib import sha256
 
 import pytest
 import sqlalchemy as sa
 from conftest import CONFIG, URL, basic
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
-from sqlalchemy import select
 
 import auth
-from models import Credential, connection, db
+from models import db, execute
 
 KEY, SECRET = "k" * 32, "s" * 64
 UNAUTHORIZED = {
@@ -134,31 +134,29 @@ def test_failure_is_logged_with_the_address_only(
 def test_database_holds_the_digest_and_the_minute_of_the_last_use(
     app: Flask, client: FlaskClient, credential: str, auth_headers: dict[str, str]
 ) -> None:
-    row_of = select(Credential.secret_hash, Credential.name, Credential.last_used_at)
+    select = "SELECT secret_hash, name, last_used_at FROM credential"
+    digest = sha256(credential[33:].encode()).hexdigest()
     with app.app_context():
-        assert connection().execute(row_of).one().last_used_at is None
+        assert execute(select) == [(digest, "test", None)]
     client.get(URL, headers=auth_headers)
     with app.app_context():
-        row = connection().execute(row_of).one()
-    assert row.secret_hash == auth.hash_secret(credential[33:])
-    assert row.name == "test"
-    assert len(row.last_used_at) == len("2026-11-23T12:55Z")
+        ((_, _, last_used_at),) = execute(select)
+    assert len(last_used_at) == len("2026-11-23T12:55Z")
 
 
 def test_not_every_request_writes(
     app: Flask, client: FlaskClient, auth_headers: dict[str, str]
 ) -> None:
     statements: list[str] = []
-
-    def record(_connection: object, _cursor: object, statement: str, *_: object) -> None:
-        statements.append(statement.split()[0])
-
     with app.app_context():
-        sa.event.listen(db.engine, "before_cursor_execute", record)
+        sa.event.listen(
+            db.engine, "checkout", lambda c, *_: c.set_trace_callback(statements.append)
+        )
     for _ in range(5):
         client.get(URL, headers=auth_headers)
-    assert statements.count("SELECT") == 10
-    assert 1 <= statements.count("UPDATE") <= 2  # 2 where the minute changes
+    verbs = [statement.split()[0] for statement in statements]
+    assert verbs.count("SELECT") == 10
+    assert 1 <= verbs.count("UPDATE") <= 2  # 2 where the minute changes
 
 
 def test_unknown_key_costs_a_comparison_too(

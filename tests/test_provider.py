@@ -23,11 +23,10 @@ LENGTHS = {
 def stored(app: Flask) -> tuple[str, str, str, str] | None:
     """Return provider, API key, and when and by whom they were set."""
     with app.app_context():
-        row = models.connection().execute(models.SELECT_PROVIDER).one_or_none()
-        if row is None:
+        try:
+            return models.get_provider()
+        except models.NotSetError:
             return None
-        api_key = models.decrypt(row.api_key_encrypted)
-        return row.provider, api_key, row.updated_at, row.updated_by
 
 
 def test_put_answers_the_documented_envelope_and_stores_both_fields(
@@ -218,7 +217,7 @@ def test_replacement_has_its_own_time_and_author(
 ) -> None:
     client.put(URL, json=CONFIG, headers=auth_headers)
     with app.app_context():
-        models.connection().exec_driver_sql("UPDATE provider_config SET updated_at = '2001'")
+        models.execute("UPDATE provider_config SET updated_at = '2001'")
         other = auth.issue_credential(None)
         now = models.utc_now()
     client.put(URL, json=CONFIG, headers={"Authorization": basic(other)})

@@ -31,18 +31,17 @@ UNREADABLE = {
 
 def test_database_is_in_wal_mode_with_full_synchronisation(app: Flask) -> None:
     with app.app_context():
-        query = models.connection().exec_driver_sql
-        assert query("PRAGMA journal_mode").scalar() == "wal"
-        assert query("PRAGMA synchronous").scalar() == 2
+        assert models.execute("PRAGMA journal_mode") == [("wal",)]
+        assert models.execute("PRAGMA synchronous") == [(2,)]
 
 
 def test_table_refuses_a_second_configuration(app: Flask) -> None:
-    insert = "INSERT INTO provider_config VALUES (?, 'p', 'k', 't', 'b')"
+    insert = "INSERT INTO provider_config VALUES (:id, 'p', 'k', 't', 'b')"
     with app.app_context():
-        models.connection().exec_driver_sql(insert, (1,))
-        for row_id in (0, 1, 2):
+        models.execute(insert, id="1")
+        for row_id in ("0", "1", "2"):
             with pytest.raises(OperatorError, match="constraint failed"):
-                models.connection().exec_driver_sql(insert, (row_id,))
+                models.execute(insert, id=row_id)
 
 
 @pytest.mark.parametrize("umask", ["000", "022", "777"])
@@ -207,8 +206,8 @@ def test_database_failure_is_500_never_401(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with app.app_context():
-        models.connection().exec_driver_sql("DROP TABLE credential")
-        models.connection().exec_driver_sql("DROP TABLE provider_config")
+        models.execute("DROP TABLE credential")
+        models.execute("DROP TABLE provider_config")
     answer = client.put(URL, json=CONFIG, headers=auth_headers)
     assert answer.status_code == 500
     assert answer.get_json()["error_type"] == "GeneralException"
