@@ -6,7 +6,9 @@ import re
 import signal
 from contextlib import suppress
 from pathlib import Path
+from time import perf_counter
 from typing import Any
+from urllib.parse import quote
 
 import click
 from flask import Blueprint, Flask, current_app, g, jsonify, request
@@ -47,21 +49,19 @@ def update_provider() -> dict[str, object]:
 @bp.get("")
 def show_provider() -> dict[str, object]:
     """Show the configuration, its API key masked."""
-    provider, api_key, updated_at, updated_by = models.get_provider()
-    times = {"updated_at": updated_at, "updated_by": updated_by}
-    return success({"provider": provider, "api_key": masked(api_key), **times})
+    return success(masked(*models.get_provider()))
 
 
 @bp.cli.command("show")
 @click.option("--reveal", is_flag=True, help="Print the plain API key alone.")
 def show_command(reveal: bool) -> None:
     """Print the configuration."""
-    provider, api_key, updated_at, updated_by = models.get_provider()
+    config = models.get_provider()
     if reveal:
-        click.echo(api_key)
+        click.echo(config[1])
         return
-    click.echo(f"provider    {provider}\napi_key     {masked(api_key)}")
-    click.echo(f"updated_at  {updated_at}\nupdated_by  {updated_by}")
+    for field, value in masked(*config).items():
+        click.echo(f"{field:10}  {value}")
 
 
 @bp.cli.command("clear")
@@ -109,7 +109,7 @@ def handle_operator_error(error: OperatorError) -> Response:
     """Log what to do; tell a client only what concerns it."""
     if isinstance(error, NotSetError):
         return handle_http_exception(exceptions.NotFound(error.message))
-    if isinstance(error, UnreadableKeyError):
+    if isinstance(error, UnreadableKeyError):  # logged with its cause
         return handle_http_exception(exceptions.InternalServerError(error.message))
     current_app.logger.error("%s", error)
     return handle_http_exception(exceptions.InternalServerError())
@@ -128,10 +128,15 @@ def handle_http_exception(error: exceptions.HTTPException) -> Response:
     return response
 
 
-def add_security_headers(response: Response) -> Response:
-    """Keep secrets out of caches, and browsers from guessing a type (OWASP)."""
+def finish(response: Response) -> Response:
+    """Keep secrets out of caches, and browsers from guessing a type (OWASP); log the access."""
     response.headers["Cache-Control"] = "no-store"
     response.headers["X-Content-Type-Options"] = "nosniff"
+    path = quote(request.path, errors="replace")  # one line, whatever it holds
+    milliseconds = (perf_counter() - g.started) * 1000
+    access = (request.method, path, response.status_code, milliseconds)
+    who = (g.get("api_key", "-"), request.remote_addr)
+    current_app.logger.info("%s %s %d %.1f ms %s %s", *access, *who)
     return response
 
 
@@ -144,7 +149,12 @@ class JSONProvider(DefaultJSONProvider):
 
 def create_app(config: dict[str, Any] | None = None) -> Flask:
     """Return the application; raise OperatorError where the operator must act."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    level = os.environ.get("LOG_LEVEL", "INFO")
+    if level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
+        raise OperatorError("LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR.")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
+    # The development server's own access lines show the query string.
+    logging.getLogger("werkzeug").addFilter(lambda record: " - - [" not in record.msg)
     # Under load it would write a line for each request that waits for a thread.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     # Flask would look for the instance folder in the current one.
@@ -155,6 +165,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app.config.update(
         MAX_CONTENT_LENGTH=64 * 1024,
         SQLALCHEMY_DATABASE_URI=os.environ.get("DATABASE_URL", "sqlite:///ai-provider.db"),
+        AI_PROVIDERS=re.findall(r"[^\s,][^,]*(?<!\s)", os.environ.get("AI_PROVIDERS", "")),
         ENCRYPTION_KEY_FILE=os.environ.get("ENCRYPTION_KEY_FILE", "encryption.key"),
     )
     app.config.update(config or {})
@@ -163,7 +174,8 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app.register_blueprint(auth.bp)
     app.add_url_rule("/health", view_func=check_health)
     app.add_url_rule("/openapi.yaml", view_func=show_document)
-    app.after_request(add_security_headers)
+    app.before_request(lambda: setattr(g, "started", perf_counter()))
+    app.after_request(finish)
     app.register_error_handler(ValidationError, handle_invalid_fields)
     app.register_error_handler(OperatorError, handle_operator_error)
     app.register_error_handler(exceptions.HTTPException, handle_http_exception)
@@ -187,6 +199,8 @@ def main() -> None:
         server = create_server(
             app,
             listen=listen,
+            trusted_proxy=os.environ.get("TRUSTED_PROXY"),
+            trusted_proxy_headers="x-forwarded-for" if "TRUSTED_PROXY" in os.environ else "",
             threads=2,
             max_request_body_size=1024 * 1024,
             connection_limit=500,

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -104,6 +103,8 @@ def init_app(app: Flask) -> None:
     app.config["SQLALCHEMY_DATABASE_URI"] = url
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
     app.config["ENCRYPTION_KEY_FILE"] = Path(app.instance_path, app.config["ENCRYPTION_KEY_FILE"])
+    with suppress(OSError):  # it is there, or not needed
+        Path(app.instance_path).mkdir()
     try:
         db.init_app(app)
     except ModuleNotFoundError as error:
@@ -114,11 +115,6 @@ def init_app(app: Flask) -> None:
         create_sqlite() if url.drivername == "sqlite" else create_postgresql()
         if not execute(SELECT_PROVIDER) and not key_file().exists():
             create_key_file()
-
-
-def set_durability(driver_connection: sqlite3.Connection, _record: object) -> None:
-    """Have each commit reach the disk before it is acknowledged."""
-    driver_connection.execute("PRAGMA synchronous = FULL")
 
 
 def database_error(cause: object) -> OperatorError:
@@ -159,7 +155,8 @@ class DatabaseFile:
 def create_sqlite() -> None:
     """Create database and tables where missing, one process at a time."""
     path = Path(str(db.engine.url.database))
-    sa.event.listen(db.engine, "connect", set_durability)
+    durable = "PRAGMA synchronous = FULL"  # on disk before it is acknowledged
+    sa.event.listen(db.engine, "connect", lambda connection, _: connection.execute(durable))
     with locked(path.parent):
         if not path.exists():
             path.touch()

@@ -2,7 +2,8 @@
 
 import re
 
-from marshmallow import Schema, ValidationError, fields, validate
+from flask import current_app
+from marshmallow import Schema, ValidationError, fields, validate, validates
 
 
 def header_value(value: str) -> None:
@@ -19,13 +20,21 @@ class ProviderSchema(Schema):
     provider = fields.String(required=True, validate=[validate.Length(1, 140), header_value])
     api_key = fields.String(required=True, validate=[validate.Length(1, 4096), header_value])
 
+    @validates("provider")
+    def check_allowed(self, value: str, **_: str) -> None:
+        """Refuse a name that is not in AI_PROVIDERS, if that names any."""
+        allowed = current_app.config["AI_PROVIDERS"]
+        if allowed and value not in allowed:
+            raise ValidationError(f"Must be one of: {', '.join(allowed)}.")
+
 
 provider_schema = ProviderSchema()
 
 
-def masked(api_key: str) -> str:
-    """Hide all but the end of a long key, and its length."""
-    return "•" * 10 + (api_key[-4:] if len(api_key) >= 12 else "")
+def masked(provider: str, api_key: str, at: str, by: str) -> dict[str, str]:
+    """Return the fields, with all hidden of the API key but the end of a long one."""
+    mask = "•" * 10 + (api_key[-4:] if len(api_key) >= 12 else "")
+    return {"provider": provider, "api_key": mask, "updated_at": at, "updated_by": by}
 
 
 def success(data: object) -> dict[str, object]:

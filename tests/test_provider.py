@@ -1,5 +1,6 @@
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -213,7 +214,45 @@ def test_change_is_logged_with_provider_and_credential_key_only(
 ) -> None:
     with caplog.at_level("INFO"):
         client.put(URL, json=CONFIG, headers=auth_headers)
-    assert caplog.messages == [f"Provider set to openai by {credential[:32]}"]
+    change, access = caplog.messages
+    assert change == f"Provider set to openai by {credential[:32]}"
+    assert re.fullmatch(
+        rf"PUT /api/v1/ai/provider 200 \d+\.\d ms {credential[:32]} 127\.0\.0\.1", access
+    )
+
+
+def test_access_is_logged_on_one_line_without_the_query_string(
+    client: FlaskClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        client.get("/a%0Ab%FF?secret=1")
+    (access,) = caplog.messages
+    assert re.fullmatch(r"GET /a%0Ab%\S+ 404 \d+\.\d ms - 127\.0\.0\.1", access)
+
+
+def test_provider_that_is_not_allowed_is_refused_with_the_allowed_names(
+    app: Flask,
+    start_app: Callable[[], Flask],
+    client: FlaskClient,
+    auth_headers: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AI_PROVIDERS", " openai, my own ,anthropic,")
+    app.config["AI_PROVIDERS"] = start_app().config["AI_PROVIDERS"]
+    for provider in ("openai", "my own", "anthropic"):
+        body = CONFIG | {"provider": provider}
+        assert client.put(URL, json=body, headers=auth_headers).status_code == 200
+    answer = client.put(URL, json=CONFIG | {"provider": "OpenAI"}, headers=auth_headers)
+    message = "Must be one of: openai, my own, anthropic."
+    assert (answer.status_code, answer.json) == (
+        400,
+        {
+            "status": "error",
+            "message": f"provider: {message}",
+            "error_type": "InputException",
+            "data": {"provider": [message]},
+        },
+    )
 
 
 @on_both

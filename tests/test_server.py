@@ -1,11 +1,13 @@
 import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 
-from conftest import API_KEY, CONFIG, ROOT, URL, Server, basic, on_both
+from conftest import API_KEY, CONFIG, ROOT, URL, Server, basic, flask, on_both
 
 SUCCESS = {"status": "success", "data": True}
 
@@ -97,3 +99,48 @@ def test_answers_have_the_headers_of_an_api_that_handles_secrets(
             "Cache-Control": "no-store",
             "X-Content-Type-Options": "nosniff",
         }
+
+
+def test_development_server_logs_as_the_other_does(environment: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flask", "run", "--port", str(port)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr
+    with process, process.stderr as log:
+        assert next(line for line in log if "Press CTRL+C to quit" in line)
+        client = HTTPConnection("127.0.0.1", port, timeout=30)
+        client.request("GET", "/health?secret=1")
+        assert client.getresponse().read() == b'{"status":"success","data":true}\n'
+        client.close()
+        line = next(log)
+        process.terminate()
+        rest = log.read()
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
+    assert re.fullmatch(rf"{stamp} INFO GET /health 200 \d+\.\d ms - 127\.0\.0\.1\n", line)
+    assert "secret" not in rest
+
+
+def test_level_of_the_log_is_a_setting(environment: dict[str, str]) -> None:
+    result = flask(environment | {"LOG_LEVEL": "LOUD"}, "credentials", "list")
+    assert (result.returncode, result.stderr) == (
+        1,
+        "Error: LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR.\n",
+    )
+    result = flask(environment | {"LOG_LEVEL": "ERROR"}, "credentials", "list")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_trusted_proxy_passes_on_the_clients_address(
+    start_server: Callable[..., Server],
+) -> None:
+    trusting, plain = start_server(TRUSTED_PROXY="127.0.0.1"), start_server()
+    for server, address in ((trusting, "203.0.113.7"), (plain, "127.0.0.1")):
+        server.request("GET", "/health", **{"X-Forwarded-For": "203.0.113.7"})
+        assert server.stop().splitlines()[-1].endswith(f" ms - {address}")
