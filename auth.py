@@ -115,7 +115,6 @@ def list_command() -> None:
 @click.argument("api_key")
 def revoke_command(api_key: str) -> None:
     """Make the credential of this API key invalid from the next request on."""
-    delete = "DELETE FROM credential WHERE api_key = :key RETURNING api_key"
-    if not execute(delete, key=api_key):
+    if not execute("DELETE FROM credential WHERE api_key = :key RETURNING name", key=api_key):
         raise OperatorError("No credential has this API key; see: flask credentials list.")
     click.echo("Revoked.", err=True)
