@@ -133,10 +133,11 @@ def finish(response: Response) -> Response:
     response.headers["Cache-Control"] = "no-store"
     response.headers["X-Content-Type-Options"] = "nosniff"
     path = quote(request.path, errors="replace")  # one line, whatever it holds
-    milliseconds = (perf_counter() - g.started) * 1000
-    access = (request.method, path, response.status_code, milliseconds)
+    access = (request.method, path, response.status_code, (perf_counter() - g.started) * 1000)
     who = (g.get("api_key", "-"), request.remote_addr)
-    current_app.logger.info("%s %s %d %.1f ms %s %s", *access, *who)
+    logger = current_app.logger
+    # When the client has its answer, for which it need not wait longer.
+    response.call_on_close(lambda: logger.info("%s %s %d %.1f ms %s %s", *access, *who))
     return response
 
 

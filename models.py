@@ -137,8 +137,7 @@ class DatabaseFile:
 
     def __init__(self, path: Path) -> None:
         """Open it for good: to close it would drop the locks that SQLite has on it."""
-        self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
 
     def check(self) -> None:
         """Raise OperatorError if it is gone or overwritten; go over to a new one."""
@@ -194,16 +193,17 @@ def execute(statement: str, **parameters: str | None) -> list[Any]:
 
     The driver's cursor runs it: execution by SQLAlchemy costs as much as all the rest.
     """
-    if "connection" not in g and (database_file := current_app.extensions.get("database_file")):
-        database_file.check()
+    engine = db.engine
     try:
         if "connection" not in g:
-            g.connection = db.engine.raw_connection()
+            if database_file := current_app.extensions.get("database_file"):
+                database_file.check()
+            g.connection = engine.raw_connection()
         cursor = g.connection.cursor()
-        cursor.execute(driver_sql(statement, db.engine.dialect), parameters)
+        cursor.execute(driver_sql(statement, engine.dialect), parameters)
         # To the end, so that no read is left open.
         return cast(list[Any], cursor.fetchall()) if cursor.description else []
-    except db.engine.dialect.loaded_dbapi.Error as error:
+    except engine.dialect.loaded_dbapi.Error as error:
         raise database_error(error) from error
 
 
@@ -269,19 +269,19 @@ def key_file() -> Path:
 def read_keys() -> MultiFernet:
     """Return the cipher of the key file: one Fernet key a line, newest first."""
     try:
-        return cipher(key_file().read_bytes())
+        version = key_file().stat()
+        return cipher(key_file(), version.st_ino, version.st_mtime_ns, version.st_size)
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else "not Fernet keys"
         raise OperatorError(
-            f"Encryption key file {key_file()}: {cause}. Restore it from a backup; if it is lost,"
-            " remove what is left of it and set the provider again."
+            f"Encryption key file {key_file()}: {cause}. Restore it, or remove it and PUT again."
         ) from error
 
 
 @lru_cache(maxsize=1)
-def cipher(keys: bytes) -> MultiFernet:
-    """Return the cipher of these lines; raise ValueError where one is no key."""
-    return MultiFernet([Fernet(key) for key in keys.split()])
+def cipher(path: Path, *_version: int) -> MultiFernet:
+    """Return the cipher of this version of the file; raise OSError or ValueError."""
+    return MultiFernet([Fernet(key) for key in path.read_bytes().split()])
 
 
 def create_key_file() -> None:

@@ -166,8 +166,7 @@ def test_unusable_key_file_is_one_clear_line(
     assert (result.returncode, result.stdout) == (1, "")
     assert "Traceback" not in result.stderr
     assert result.stderr.endswith(
-        f"\nError: Encryption key file {path}: not Fernet keys. Restore it"
-        " from a backup; if it is lost, remove what is left of it and set the provider"
+        f"\nError: Encryption key file {path}: not Fernet keys. Restore it, or remove it and PUT"
         " again.\n"
     )
     assert path.read_bytes() == content

@@ -213,7 +213,7 @@ def test_change_is_logged_with_provider_and_credential_key_only(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level("INFO"):
-        client.put(URL, json=CONFIG, headers=auth_headers)
+        client.put(URL, json=CONFIG, headers=auth_headers).close()
     change, access = caplog.messages
     assert change == f"Provider set to openai by {credential[:32]}"
     assert re.fullmatch(
@@ -225,7 +225,7 @@ def test_access_is_logged_on_one_line_without_the_query_string(
     client: FlaskClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
-        client.get("/a%0Ab%FF?secret=1")
+        client.get("/a%0Ab%FF?secret=1").close()
     (access,) = caplog.messages
     assert re.fullmatch(r"GET /a%0Ab%\S+ 404 \d+\.\d ms - 127\.0\.0\.1", access)
 
