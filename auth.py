@@ -96,9 +96,8 @@ def create_command(name: str | None) -> None:
     """Print a new credential as api_key:api_secret."""
     if name and not name.isprintable():
         raise click.BadParameter("must be printable", param_hint="--name")
-    credential = issue_credential(name)
-    click.echo("Keep this credential safe, it is shown only once:", err=True)
-    click.echo(credential)
+    click.echo(issue_credential(name))
+    click.echo("Keep this credential safe: it is shown only once.", err=True)
 
 
 @bp.cli.command("list")

@@ -95,25 +95,29 @@ def init_app(app: Flask) -> None:
         url = url.update_query_dict({"timeout": "2"})
         options: dict[str, Any] = {"paramstyle": "named"}
     elif url.drivername in {"postgres", "postgresql", "postgresql+psycopg"}:
-        limits = {"connect_timeout": "2", "options": "-c lock_timeout=2s"}
+        session = f"-c lock_timeout=2s {url.query.get('options', '')}"
+        limits = {"connect_timeout": "2", "tcp_user_timeout": "4000", "options": session}
         url = url.set(drivername="postgresql+psycopg").update_query_dict(limits)
         options = {"pool_pre_ping": True}  # it may have been restarted
     else:
         raise OperatorError("DATABASE_URL must be sqlite:/// and a file's path, or postgresql://.")
     app.config["SQLALCHEMY_DATABASE_URI"] = url
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
-    app.config["ENCRYPTION_KEY_FILE"] = Path(app.instance_path, app.config["ENCRYPTION_KEY_FILE"])
+    keys = Path(app.instance_path, app.config["ENCRYPTION_KEY_FILE"])
+    app.config["ENCRYPTION_KEY_FILE"] = keys.resolve()  # what a link names, a rotation replaces
     with suppress(OSError):  # it is there, or not needed
         Path(app.instance_path).mkdir()
     try:
         db.init_app(app)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise OperatorError("PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'") from error
+    except OSError as error:
+        raise OperatorError(f"{error.filename}: {error.strerror}.") from error
     app.teardown_appcontext(close_connection)
     with app.app_context():
         sa.event.listen(db.engine, "handle_error", raise_database_error)
         create_sqlite() if url.drivername == "sqlite" else create_postgresql()
-        if not execute(SELECT_PROVIDER) and not key_file().exists():
+        if not execute(SELECT_PROVIDER) and not os.path.lexists(key_file()):
             create_key_file()
 
 
@@ -154,8 +158,8 @@ class DatabaseFile:
 def create_sqlite() -> None:
     """Create database and tables where missing, one process at a time."""
     path = Path(str(db.engine.url.database))
-    durable = "PRAGMA synchronous = FULL"  # on disk before it is acknowledged
-    sa.event.listen(db.engine, "connect", lambda connection, _: connection.execute(durable))
+    # Each commit is on disk before it is acknowledged.
+    sa.event.listen(db.engine, "connect", lambda c, _: c.execute("PRAGMA synchronous = FULL"))
     with locked(path.parent):
         if not path.exists():
             path.touch()
@@ -221,7 +225,7 @@ def close_connection(_error: BaseException | None) -> None:
 
 def set_provider(provider: str, api_key: str, updated_by: str) -> None:
     """Encrypt the API key and store the configuration, replacing any other."""
-    if not key_file().exists():
+    if not os.path.lexists(key_file()):
         create_key_file()  # for a lost one: what that encrypted is replaced here
     execute(
         UPSERT_PROVIDER,
@@ -313,8 +317,7 @@ def rotate_key() -> None:
     """Put a new key first in the key file, and encrypt the stored API key with it."""
     with locked(key_file().parent):  # of two rotations at once, one would lose its key
         read_keys()
-        keys = Fernet.generate_key() + b"\n" + key_file().read_bytes()
-        write_key_file(keys, replaced=key_file().stat())
+        write_key_file(Fernet.generate_key() + b"\n" + key_file().read_bytes(), key_file().stat())
     isolation_level = db.engine.dialect.default_isolation_level
     update = sa.update(ProviderConfig).returning(ProviderConfig.api_key_encrypted)
     with db.engine.execution_options(isolation_level=isolation_level).begin() as transaction:

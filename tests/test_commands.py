@@ -1,5 +1,6 @@
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ def test_create_prints_the_credential_alone_on_standard_output(
     result = runner.invoke(args=["credentials", "create"])
     assert result.exit_code == 0
     assert re.fullmatch(r"[A-Za-z0-9]{32}:[A-Za-z0-9]{64}\n", result.stdout)
-    assert result.stderr == "Keep this credential safe, it is shown only once:\n"
+    assert result.stderr == "Keep this credential safe: it is shown only once.\n"
     headers = {"Authorization": f"token {result.stdout.strip()}"}
     assert client.put(URL, json=CONFIG, headers=headers).status_code == 200
 
@@ -183,3 +184,14 @@ def test_missing_driver_for_postgresql_is_one_clear_line() -> None:
     )
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == ("Error: PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'\n")
+
+
+def test_folder_that_cannot_be_created_is_one_clear_line(tmp_path: Path) -> None:
+    for module in ROOT.glob("*.py"):
+        shutil.copy(module, tmp_path)
+    (tmp_path / "instance").symlink_to("missing/folder")
+    result = subprocess.run(
+        [sys.executable, tmp_path / "app.py"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(rf"Error: {tmp_path}/instance: [\w ]+\.\n", result.stderr)

@@ -45,8 +45,10 @@ OTHER = {"provider": "other", "api_key": "other key"}
 
 
 @pytest.fixture
-def authorization(environment: dict[str, str]) -> str:
-    return f"token {flask(environment, 'credentials', 'create').stdout.strip()}"
+def authorization(app: Flask, credential: str) -> str:
+    with app.app_context():
+        db.engine.dispose()  # so that the server alone has the database open
+    return f"token {credential}"
 
 
 class Write(NamedTuple):

@@ -1,8 +1,11 @@
 import itertools
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 from conftest import API_KEY, CONFIG, ROOT, URL, Server, flask, on_both
@@ -11,6 +14,7 @@ from flask.testing import FlaskClient, FlaskCliRunner
 from hypothesis import settings
 
 import models
+from app import create_app
 
 
 @on_both
@@ -58,9 +62,35 @@ def test_rotation_without_the_right_key_changes_nothing_stored(
         assert models.get_provider()[1] == API_KEY
 
 
+def back_up(folder: Path, target: Path) -> None:
+    """Copy database and key file as the README does, in the same order."""
+    target.mkdir()
+    with (
+        closing(sqlite3.connect(folder / "ai-provider.db")) as database,
+        closing(sqlite3.connect(target / "ai-provider.db")) as backup,
+    ):
+        database.backup(backup)
+    shutil.copy(folder / "encryption.key", target)
+
+
+def test_rotation_follows_a_link_to_the_key_file(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "encryption.key")
+    result = flask(environment | {"ENCRYPTION_KEY_FILE": str(link)}, "provider", "rotate-key")
+    assert result.returncode == 0
+    assert link.is_symlink()
+    assert len((tmp_path / "encryption.key").read_bytes().split()) == 2
+
+
 @on_both
 def test_rotation_under_load_goes_on_without_an_error(
-    server: Server, runner: FlaskCliRunner, credential: str, tmp_path: Path
+    server: Server,
+    runner: FlaskCliRunner,
+    credential: str,
+    database_url: str,
+    tmp_path: Path,
 ) -> None:
     authorization = f"token {credential}"
     server.request("PUT", body=CONFIG, Authorization=authorization)
@@ -74,7 +104,9 @@ def test_rotation_under_load_goes_on_without_an_error(
     with ThreadPoolExecutor(6) as pool:
         clients = [pool.submit(send, "PUT", CONFIG) for _ in range(4)]
         clients += [pool.submit(send, "GET", None) for _ in range(2)]
-        for _ in range(20):
+        for number in range(20):
+            if database_url.startswith("sqlite"):
+                back_up(tmp_path, tmp_path / f"backup{number}")
             assert runner.invoke(args=["provider", "rotate-key"]).exit_code == 0
             assert server.request("GET", Authorization=authorization).status == 200
             result = runner.invoke(args=["provider", "show", "--reveal"])
@@ -83,6 +115,17 @@ def test_rotation_under_load_goes_on_without_an_error(
         for future in clients:
             future.result()
     assert len((tmp_path / "encryption.key").read_bytes().split()) == 21
+    for backup in tmp_path.glob("backup*"):
+        app = create_app(
+            {
+                "SQLALCHEMY_DATABASE_URI": f"sqlite:///{backup}/ai-provider.db",
+                "ENCRYPTION_KEY_FILE": f"{backup}/encryption.key",
+            }
+        )
+        with app.app_context():
+            assert models.get_provider()[1] == API_KEY
+            models.close_connection(None)
+            models.db.engine.dispose()
 
 
 def test_two_rotations_at_once_keep_both_keys(
@@ -123,7 +166,7 @@ def test_rotation_killed_at_any_step_leaves_a_readable_configuration(
             sys.settrace(trace)
             models.rotate_key()
     """
-    for lines in itertools.count(0, 1 if settings.get_current_profile_name() == "long" else 7):
+    for lines in itertools.count(0, 1 if settings.get_current_profile_name() == "long" else 13):
         result = subprocess.run(
             [sys.executable, "-c", killer, str(lines)], cwd=ROOT, env=os.environ | environment
         )
