@@ -186,6 +186,15 @@ def test_default_place_is_the_instance_folder_from_any_folder(tmp_path: Path) ->
     }
 
 
+def test_folder_that_cannot_be_created_is_an_error_for_the_operator(tmp_path: Path) -> None:
+    (tmp_path / "instance").symlink_to("missing/folder")
+    app = Flask("app", instance_path=str(tmp_path / "instance"))
+    app.config["SQLALCHEMY_DATABASE_URI"] = "sqlite:///ai-provider.db"
+    app.config["ENCRYPTION_KEY_FILE"] = "encryption.key"
+    with pytest.raises(OperatorError, match=f"^{tmp_path}/instance: File exists.$"):
+        models.init_app(app)
+
+
 @on_both
 def test_servers_that_start_and_are_first_written_to_at_once_share_one_configuration(
     start_server: Callable[..., Server],
