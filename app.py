@@ -24,7 +24,7 @@ from models import NotSetError, OperatorError, UnreadableKeyError
 from schemas import failure, masked, provider_schema, success
 
 bp = Blueprint("provider", __name__, url_prefix="/api/v1/ai/provider")
-bp.cli.help = "Show or remove the provider configuration."
+bp.cli.help = "Show, remove or encrypt anew the provider configuration."
 bp.before_request(auth.authenticate)
 
 

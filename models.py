@@ -137,7 +137,7 @@ def raise_database_error(context: ExceptionContext) -> None:
 
 
 class DatabaseFile:
-    """Watch the SQLite file: SQLite goes on with a deleted one, and acknowledges its loss."""
+    """Watch the SQLite file: SQLite goes on with a deleted one, acknowledging what is lost."""
 
     def __init__(self, path: Path) -> None:
         """Open it for good: to close it would drop the locks that SQLite has on it."""
