@@ -1,49 +1,32 @@
-"""What is stored and how: tables, connections and the encryption key file."""
+"""What is stored: the clients' credentials and the provider configuration."""
 
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from functools import lru_cache
-from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Any, cast
+from functools import cache
+from hashlib import sha256
+from hmac import compare_digest
+from importlib import import_module
+from secrets import token_hex
 
 import sqlalchemy as sa
-from click import ClickException
-from cryptography.fernet import Fernet, InvalidToken, MultiFernet
-from flask import Flask, current_app, g
-from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from flask import Flask, current_app
+from sqlalchemy.orm import Mapped, mapped_column
+
+from database import Base, StorageError, db, execute
+from encryption import key_file
 
 
-class OperatorError(ClickException):
-    """Name a fault and its remedy: commands print them as one line, views log them."""
+def utc_now(timespec: str = "seconds") -> str:
+    """Return the time in UTC as ISO 8601, the form in which it is stored and shown."""
+    return datetime.now(timezone.utc).isoformat(timespec=timespec)[:-6] + "Z"
 
 
-class NotSetError(OperatorError):
-    """Say that there is no configuration."""
-
-
-class UnreadableKeyError(OperatorError):
-    """Say that the stored API key cannot be decrypted."""
-
-
-class Base(DeclarativeBase):
-    """Hold the metadata of the tables."""
-
-
-# Autocommit: each statement is atomic by itself, and none reads before it writes in one
-# transaction, which fails with SQLite's BUSY_SNAPSHOT.
-db = SQLAlchemy(
-    model_class=Base, engine_options={"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
-)
+def _hash_secret(api_secret: str) -> str:
+    # 256 random bits need no slow hash (OWASP ASVS 6.5.2).
+    return sha256(api_secret.encode()).hexdigest()
 
 
 class Credential(Base):
-    """An API key and the digest of its secret."""
+    """The API key of a client and the digest of its secret."""
 
     __tablename__ = "credential"
 
@@ -52,6 +35,44 @@ class Credential(Base):
     name: Mapped[str | None]
     created_at: Mapped[str]
     last_used_at: Mapped[str | None]
+
+    @classmethod
+    def issue(cls, name: str | None) -> str:
+        """Store a new credential; return it as api_key:api_secret."""
+        key, secret, now = token_hex(16), token_hex(32), utc_now()
+        execute(
+            INSERT_CREDENTIAL,
+            api_key=key,
+            secret_hash=_hash_secret(secret),
+            name=name,
+            created_at=now,
+        )
+        return f"{key}:{secret}"
+
+    @classmethod
+    def all(cls) -> "list[Credential]":
+        """Return every credential, the oldest first."""
+        return [cls(**row._asdict()) for row in execute(SELECT_CREDENTIALS)]
+
+    @classmethod
+    def verify(cls, api_key: str, api_secret: str) -> bool:
+        """Return whether the credential is valid, in the same time if the key is unknown."""
+        rows = execute(SELECT_CREDENTIAL, key=api_key)
+        secret_hash = rows[0].secret_hash if rows else _hash_secret("")
+        if not compare_digest(secret_hash, _hash_secret(api_secret)) or not rows:
+            return False
+        now = utc_now("minutes")  # so that not every request writes
+        if rows[0].last_used_at != now:
+            try:
+                execute(UPDATE_LAST_USE, key=api_key, now=now)
+            except StorageError as error:  # bookkeeping refuses no request
+                current_app.logger.warning("Last use not recorded. %s", error)
+        return True
+
+    @classmethod
+    def revoke(cls, api_key: str) -> bool:
+        """Delete the credential; return whether there was one."""
+        return bool(execute(DELETE_CREDENTIAL, key=api_key))
 
 
 class ProviderConfig(Base):
@@ -66,263 +87,75 @@ class ProviderConfig(Base):
     updated_at: Mapped[str]
     updated_by: Mapped[str] = mapped_column(sa.String(32))
 
+    @property
+    def api_key(self) -> str:
+        """The plain API key; raise DecryptionError."""
+        return key_file.decrypt(self.api_key_encrypted)
 
-SELECT_PROVIDER = "SELECT provider, api_key_encrypted, updated_at, updated_by FROM provider_config"
-UPSERT_PROVIDER = """
-    INSERT INTO provider_config (id, provider, api_key_encrypted, updated_at, updated_by)
-    VALUES (1, :provider, :api_key_encrypted, :updated_at, :updated_by)
-    ON CONFLICT (id) DO UPDATE SET
-        provider = excluded.provider, api_key_encrypted = excluded.api_key_encrypted,
-        updated_at = excluded.updated_at, updated_by = excluded.updated_by
-"""
+    @classmethod
+    def get(cls) -> "ProviderConfig | None":
+        """Return the configuration, or None while nothing is set."""
+        rows = execute(SELECT_CONFIG)
+        if not rows:
+            return None
+        return cls(**rows[0]._asdict())
+
+    @classmethod
+    def put(cls, provider: str, api_key: str, updated_by: str) -> None:
+        """Encrypt the API key and store the configuration, replacing any other."""
+        if not key_file.exists():
+            key_file.create()  # for a lost one: what that encrypted is replaced here
+        execute(
+            _upsert_config(db.engine.dialect.name),
+            id=1,
+            provider=provider,
+            api_key_encrypted=key_file.encrypt(api_key),
+            updated_at=utc_now(),
+            updated_by=updated_by,
+        )
+
+    @classmethod
+    def clear(cls) -> bool:
+        """Delete the configuration; return whether there was one."""
+        return bool(execute(DELETE_CONFIG))
+
+    @classmethod
+    def rotate(cls) -> None:
+        """Encrypt the stored API key with a new key; raise DecryptionError."""
+        key_file.add_key()
+        while config := cls.get():
+            new = key_file.encrypt(config.api_key)
+            # Unless a PUT has replaced the old ciphertext meanwhile.
+            if execute(UPDATE_API_KEY, old=config.api_key_encrypted, new=new):
+                return
 
 
-def utc_now(timespec: str = "seconds") -> str:
-    """Return the time in UTC as ISO 8601, the form in which it is stored and shown."""
-    return datetime.now(timezone.utc).isoformat(timespec=timespec)[:-6] + "Z"
+KEY_MATCHES = Credential.api_key == sa.bindparam("key")
+INSERT_CREDENTIAL = sa.insert(Credential)
+SELECT_CREDENTIAL = sa.select(Credential.secret_hash, Credential.last_used_at).where(KEY_MATCHES)
+SELECT_CREDENTIALS = sa.select(Credential).order_by(Credential.created_at)
+UPDATE_LAST_USE = sa.update(Credential).where(KEY_MATCHES).values(last_used_at=sa.bindparam("now"))
+DELETE_CREDENTIAL = sa.delete(Credential).where(KEY_MATCHES).returning(Credential.api_key)
+SELECT_CONFIG = sa.select(ProviderConfig)
+UPDATE_API_KEY = (
+    sa.update(ProviderConfig)
+    .where(ProviderConfig.api_key_encrypted == sa.bindparam("old"))
+    .values(api_key_encrypted=sa.bindparam("new"))
+    .returning(ProviderConfig.id)
+)
+DELETE_CONFIG = sa.delete(ProviderConfig).returning(ProviderConfig.id)
+
+
+@cache
+def _upsert_config(dialect: str) -> sa.Insert:
+    # That of the dialect in use, the only one to be imported.
+    insert = import_module(f"sqlalchemy.dialects.{dialect}").insert(ProviderConfig)
+    upsert: sa.Insert = insert.on_conflict_do_update(index_elements=["id"], set_=insert.excluded)
+    return upsert
 
 
 def init_app(app: Flask) -> None:
-    """Open the database and create what is missing; raise OperatorError if that fails."""
-    os.umask(0o077)  # what is created is its owner's alone
-    try:
-        url = sa.make_url(app.config["SQLALCHEMY_DATABASE_URI"])
-    except (sa.exc.ArgumentError, ValueError):
-        url = sa.URL.create("none")
-    in_memory = url.database in {None, "", ":memory:"}
-    # A lock is waited for at most 2 seconds, twice in a PUT: a stop takes less than 5.
-    if url.drivername == "sqlite" and not (url.host or url.query or in_memory):
-        url = url.update_query_dict({"timeout": "2"})
-        options: dict[str, Any] = {"paramstyle": "named"}
-    elif url.drivername in {"postgres", "postgresql", "postgresql+psycopg"}:
-        session = f"-c lock_timeout=2s {url.query.get('options', '')}"
-        limits = {"connect_timeout": "2", "tcp_user_timeout": "4000", "options": session}
-        url = url.set(drivername="postgresql+psycopg").update_query_dict(limits)
-        options = {"pool_pre_ping": True}  # it may have been restarted
-    else:
-        raise OperatorError("DATABASE_URL must be sqlite:/// and a file's path, or postgresql://.")
-    app.config["SQLALCHEMY_DATABASE_URI"] = url
-    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options
-    keys = Path(app.instance_path, app.config["ENCRYPTION_KEY_FILE"])
-    app.config["ENCRYPTION_KEY_FILE"] = keys.resolve()  # what a link names, a rotation replaces
-    with suppress(OSError):  # it is there, or not needed
-        Path(app.instance_path).mkdir()
-    try:
-        db.init_app(app)
-    except ImportError as error:
-        raise OperatorError("PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'") from error
-    except OSError as error:
-        raise OperatorError(f"{error.filename}: {error.strerror}.") from error
-    app.teardown_appcontext(close_connection)
+    """Create the key file, unless something is stored, which a new key could not decrypt."""
     with app.app_context():
-        sa.event.listen(db.engine, "handle_error", raise_database_error)
-        create_sqlite() if url.drivername == "sqlite" else create_postgresql()
-        if not execute(SELECT_PROVIDER) and not os.path.lexists(key_file()):
-            create_key_file()
-
-
-def database_error(cause: object) -> OperatorError:
-    """Return an error that names the cause and the remedy, no statement."""
-    first_line = str(cause).partition("\n")[0]  # PostgreSQL's others may show the row
-    return OperatorError(
-        f"Database error: {first_line}. Check that the database of DATABASE_URL is there, intact,"
-        " writable, not locked, and has disk space."
-    )
-
-
-def raise_database_error(context: ExceptionContext) -> None:
-    """Replace the error of the database driver, unless it only asks for a reconnection."""
-    if not context.is_pre_ping:
-        raise database_error(context.original_exception)
-
-
-class DatabaseFile:
-    """Watch the SQLite file: SQLite goes on with a deleted one, acknowledging what is lost."""
-
-    def __init__(self, path: Path) -> None:
-        """Open it for good: to close it would drop the locks that SQLite has on it."""
-        self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
-
-    def check(self) -> None:
-        """Raise OperatorError if it is gone or overwritten; go over to a new one."""
-        try:
-            if not os.path.samestat(self.path.stat(), os.fstat(self.descriptor)):
-                db.engine.dispose()
-                self.descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise database_error(f"{self.path}: {error.strerror}") from error
-        if os.pread(self.descriptor, 16, 0) != b"SQLite format 3\0":
-            raise database_error(f"{self.path}: not an SQLite database")
-
-
-def create_sqlite() -> None:
-    """Create database and tables where missing, one process at a time."""
-    path = Path(str(db.engine.url.database))
-    # Each commit is on disk before it is acknowledged.
-    sa.event.listen(db.engine, "connect", lambda c, _: c.execute("PRAGMA synchronous = FULL"))
-    with locked(path.parent):
-        if not path.exists():
-            path.touch()
-            current_app.logger.warning("Created database %s.", path)
-        with db.engine.connect() as database:
-            database.exec_driver_sql("PRAGMA journal_mode = WAL")
-            Base.metadata.create_all(database)
-    current_app.extensions["database_file"] = DatabaseFile(path)
-
-
-def create_postgresql() -> None:
-    """Create the tables where missing, one process at a time."""
-    with db.engine.execution_options(isolation_level="READ COMMITTED").begin() as database:
-        database.exec_driver_sql("SELECT pg_advisory_xact_lock(5741)")
-        Base.metadata.create_all(database)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder; raise OperatorError for an OSError."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-            os.fsync(descriptor)  # what was linked or renamed in it
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise OperatorError(f"{error.filename or folder}: {error.strerror}.") from error
-
-
-def execute(statement: str, **parameters: str | None) -> list[Any]:
-    """Return the rows of a statement, run on the one connection of this request or command.
-
-    The driver's cursor runs it: execution by SQLAlchemy costs as much as all the rest.
-    """
-    engine = db.engine
-    try:
-        if "connection" not in g:
-            if database_file := current_app.extensions.get("database_file"):
-                database_file.check()
-            g.connection = engine.raw_connection()
-        cursor = g.connection.cursor()
-        cursor.execute(driver_sql(statement, engine.dialect), parameters)
-        # To the end, so that no read is left open.
-        return cast(list[Any], cursor.fetchall()) if cursor.description else []
-    except engine.dialect.loaded_dbapi.Error as error:
-        raise database_error(error) from error
-
-
-@lru_cache
-def driver_sql(statement: str, dialect: sa.Dialect) -> str:
-    """Return the statement with its parameters marked as the driver wants them."""
-    return str(sa.text(statement).compile(dialect=dialect))
-
-
-def close_connection(_error: BaseException | None) -> None:
-    """Give the connection back to the pool."""
-    if "connection" in g:
-        g.pop("connection").close()
-
-
-def set_provider(provider: str, api_key: str, updated_by: str) -> None:
-    """Encrypt the API key and store the configuration, replacing any other."""
-    if not os.path.lexists(key_file()):
-        create_key_file()  # for a lost one: what that encrypted is replaced here
-    execute(
-        UPSERT_PROVIDER,
-        provider=provider,
-        api_key_encrypted=read_keys().encrypt(api_key.encode()).decode(),
-        updated_at=utc_now(),
-        updated_by=updated_by,
-    )
-
-
-def get_provider() -> tuple[str, str, str, str]:
-    """Return provider, API key, and when and by whom they were set.
-
-    Raise NotSetError or UnreadableKeyError.
-    """
-    for provider, api_key_encrypted, updated_at, updated_by in execute(SELECT_PROVIDER):
-        return provider, decrypt(api_key_encrypted), updated_at, updated_by
-    raise NotSetError("No provider is set yet.")
-
-
-def decrypt(api_key_encrypted: str) -> str:
-    """Return the API key; raise UnreadableKeyError."""
-    try:
-        return read_keys().decrypt(api_key_encrypted).decode()
-    except (InvalidToken, OperatorError) as error:
-        cause = str(error) or f"No key in {key_file()} encrypted it."
-        current_app.logger.error("The stored API key is not readable. %s", cause)
-        raise UnreadableKeyError(
-            "The stored API key is not readable with the present encryption key. Restore the"
-            " encryption key file, or remove it and set the provider again."
-        ) from error
-
-
-def clear_provider() -> None:
-    """Remove the configuration; raise NotSetError."""
-    if not execute("DELETE FROM provider_config RETURNING id"):
-        raise NotSetError("No provider is set yet.")
-
-
-def key_file() -> Path:
-    """Return the path of the encryption key file."""
-    return cast(Path, current_app.config["ENCRYPTION_KEY_FILE"])
-
-
-def read_keys() -> MultiFernet:
-    """Return the cipher of the key file: one Fernet key a line, newest first."""
-    try:
-        version = key_file().stat()
-        return cipher(key_file(), version.st_ino, version.st_mtime_ns, version.st_size)
-    except (OSError, ValueError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "not Fernet keys"
-        raise OperatorError(
-            f"Encryption key file {key_file()}: {cause}. Restore it, or remove it and PUT again."
-        ) from error
-
-
-@lru_cache(maxsize=1)
-def cipher(path: Path, *_version: int) -> MultiFernet:
-    """Return the cipher of this version of the file; raise OSError or ValueError."""
-    return MultiFernet([Fernet(key) for key in path.read_bytes().split()])
-
-
-def create_key_file() -> None:
-    """Generate the encryption key file, over no other."""
-    with locked(key_file().parent), suppress(FileExistsError):  # another process was first
-        write_key_file(Fernet.generate_key() + b"\n")
-        current_app.logger.warning("Generated encryption key file %s.", key_file())
-
-
-def write_key_file(keys: bytes, replaced: os.stat_result | None = None) -> None:
-    """Put the key file on disk, whole or not at all, and over none but the one given."""
-    path = key_file()
-    with NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as file:
-        try:
-            file.write(keys)
-            file.flush()
-            os.fsync(file.fileno())
-            if replaced:  # by root, perhaps, for the user who runs the service
-                os.fchown(file.fileno(), replaced.st_uid, replaced.st_gid)
-                os.fchmod(file.fileno(), replaced.st_mode)
-                Path(file.name).replace(path)
-            else:
-                os.link(file.name, path)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
-
-
-def rotate_key() -> None:
-    """Put a new key first in the key file, and encrypt the stored API key with it."""
-    with locked(key_file().parent):  # of two rotations at once, one would lose its key
-        read_keys()
-        write_key_file(Fernet.generate_key() + b"\n" + key_file().read_bytes(), key_file().stat())
-    isolation_level = db.engine.dialect.default_isolation_level
-    update = sa.update(ProviderConfig).returning(ProviderConfig.api_key_encrypted)
-    with db.engine.execution_options(isolation_level=isolation_level).begin() as transaction:
-        # To write before reading takes the lock that keeps the row from changing between.
-        stored = transaction.execute(update.values(id=1)).scalar_one_or_none()
-        if stored is not None:
-            token = read_keys().encrypt(decrypt(stored).encode()).decode()
-            decrypt(transaction.execute(update.values(api_key_encrypted=token)).scalar_one())
+        if ProviderConfig.get() is None and not key_file.exists():
+            key_file.create()

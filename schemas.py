@@ -1,40 +1,46 @@
-"""What goes over the wire: the request schema and the response envelope."""
+"""The wire: the provider configuration and the response envelope."""
 
 import re
 
 from flask import current_app
-from marshmallow import Schema, ValidationError, fields, validate, validates
+from marshmallow import Schema, ValidationError, fields, validate
 
 
-def header_value(value: str) -> None:
-    """Accept what an HTTP header carries unchanged (RFC 9110, section 5.5)."""
+def _validate_header_value(value: str) -> None:
+    # What an HTTP header carries unchanged (RFC 9110, section 5.5).
     if value != value.strip():
-        raise ValidationError("Must not begin or end with white space or a line break.")
+        raise ValidationError("Must not begin or end with whitespace or a line break.")
     if not re.fullmatch(r"[ -~]*", value):
-        raise ValidationError("Must be of visible ASCII characters, as no masked key is.")
+        raise ValidationError("Must be printable ASCII, which a masked key is not.")
+
+
+def _validate_allowed(value: str) -> None:
+    allowed = current_app.config["AI_PROVIDERS"]
+    if allowed and value not in allowed:
+        raise ValidationError(f"Must be one of: {', '.join(allowed)}.")
+
+
+class SecretString(fields.String):
+    """A string that is dumped masked, except for the last four characters of a long one."""
+
+    def _serialize(self, value: str, *_: object, **__: object) -> str:  # type: ignore[override]
+        return "•" * 10 + (value[-4:] if len(value) >= 12 else "")
 
 
 class ProviderSchema(Schema):
-    """The body of a PUT: both fields required, others refused."""
+    """A provider configuration, as a PUT sets it and a GET shows it."""
 
-    provider = fields.String(required=True, validate=[validate.Length(1, 140), header_value])
-    api_key = fields.String(required=True, validate=[validate.Length(1, 4096), header_value])
-
-    @validates("provider")
-    def check_allowed(self, value: str, **_: str) -> None:
-        """Refuse a name that is not in AI_PROVIDERS, if that names any."""
-        allowed = current_app.config["AI_PROVIDERS"]
-        if allowed and value not in allowed:
-            raise ValidationError(f"Must be one of: {', '.join(allowed)}.")
+    provider = fields.String(
+        required=True, validate=[validate.Length(1, 140), _validate_header_value, _validate_allowed]
+    )
+    api_key = SecretString(
+        required=True, validate=[validate.Length(1, 4096), _validate_header_value]
+    )
+    updated_at = fields.String(dump_only=True)
+    updated_by = fields.String(dump_only=True)
 
 
 provider_schema = ProviderSchema()
-
-
-def masked(provider: str, api_key: str, at: str, by: str) -> dict[str, str]:
-    """Return the fields, with all hidden of the API key but the end of a long one."""
-    mask = "•" * 10 + (api_key[-4:] if len(api_key) >= 12 else "")
-    return {"provider": provider, "api_key": mask, "updated_at": at, "updated_by": by}
 
 
 def success(data: object) -> dict[str, object]:

@@ -1,16 +1,15 @@
 """Fixtures: the application in this process, and as a server of its own."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from http.client import HTTPConnection
 from pathlib import Path
 from queue import SimpleQueue
+from subprocess import Popen
+from threading import Thread
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -20,15 +19,21 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
 from hypothesis import settings
+from processes import Fork, execute_command, run, serve, stop_forkserver
 
-import auth
 from app import create_app
-from models import db
+from database import db
+from models import Credential, ProviderConfig
 
-ROOT = Path(__file__).parent.parent
 URL = "/api/v1/ai/provider"
 API_KEY = "sk-test-0123456789-wxyz"
 CONFIG = {"provider": "openai", "api_key": API_KEY}
+OTHER = {"provider": "other", "api_key": "other key"}
+OTHER_ENCRYPTION_KEY = b"A" * 43 + b"=\n"
+REMEDY = (
+    "Check that the database of DATABASE_URL is there, intact, writable, not locked,"
+    " and has disk space."
+)
 
 # Few and always the same examples; `--hypothesis-profile=long` tries many others.
 settings.register_profile("suite", deadline=None, max_examples=150, derandomize=True)
@@ -45,36 +50,46 @@ class Answer(NamedTuple):
 
 
 class Server:
-    """A server process on a loopback socket."""
+    """A process of the application that listens on a loopback port."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, ROOT / "app.py"],
-            env=os.environ | {"LISTEN": "127.0.0.1:0"} | environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, process: Fork | Popen[str]) -> None:
+        self.process = process
         self.lines: SimpleQueue[str] = SimpleQueue()
         self.log = ""
         # The pipe is emptied all the time: a full one would stop the server.
-        self.reader = threading.Thread(target=self.read_log)
+        self.reader = Thread(target=self.read_log)
         self.reader.start()
-        self.port = int(self.wait_for("Serving on http://127.0.0.1:").split(":")[-1])
+        try:
+            self.port = int(self.wait_for(" on http://127.0.0.1:").split(":")[-1])
+        except BaseException:
+            self.stop(signal.SIGKILL)
+            raise
 
     def read_log(self) -> None:
-        """Take the log from the process, line by line."""
+        """Take the log from the process, line by line, and an empty one at its end."""
+        assert self.process.stdout
         assert self.process.stderr
-        with self.process.stderr as stream:
+        with self.process.stdout, self.process.stderr as stream:
             for line in stream:
                 self.lines.put(line)
+        self.lines.put("")
 
     def wait_for(self, text: str) -> str:
         """Return the next line of the log that holds the text."""
         while True:
             line = self.lines.get(timeout=30)
             self.log += line
+            assert line, f"The server ended before it logged {text!r}: {self.log}"
             if text in line:
                 return line
+
+    def put(self, body: object, credential: str) -> Answer:
+        """Set the provider."""
+        return self.request("PUT", body=body, Authorization=f"token {credential}")
+
+    def get(self, credential: str) -> Answer:
+        """Read what is set."""
+        return self.request("GET", Authorization=f"token {credential}")
 
     def request(self, method: str, path: str = URL, body: object = None, **headers: str) -> Answer:
         """Send one request on a connection of its own."""
@@ -92,11 +107,24 @@ class Server:
     def stop(self, number: int = signal.SIGTERM) -> str:
         """End the process; return its log."""
         self.process.send_signal(number)
-        self.process.wait(30)
-        self.reader.join()
+        try:
+            self.process.wait(30)
+        finally:
+            self.process.send_signal(signal.SIGKILL)  # has no effect on one that has ended
+            self.process.wait(30)
+            self.reader.join()
         while not self.lines.empty():
             self.log += self.lines.get()
         return self.log
+
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forkserver() -> Iterator[None]:
+    yield
+    stop_forkserver()
 
 
 # For a test that holds for both databases; without it, a test runs on SQLite.
@@ -123,28 +151,24 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def config(tmp_path: Path, database_url: str) -> dict[str, Any]:
-    return {
-        "PROPAGATE_EXCEPTIONS": False,
-        "SQLALCHEMY_DATABASE_URI": database_url,
-        "ENCRYPTION_KEY_FILE": f"{tmp_path}/encryption.key",
-    }
+def key_file(tmp_path: Path) -> Path:
+    return tmp_path / "encryption.key"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, database_url: str, key_file: Path) -> None:
+    """Give each test settings of its own, which the processes that it starts inherit."""
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    monkeypatch.setenv("ENCRYPTION_KEY_FILE", str(key_file))
+    monkeypatch.setenv("LISTEN", "127.0.0.1:0")
 
 
 @pytest.fixture
-def environment(config: dict[str, Any]) -> dict[str, str]:
-    return {
-        "DATABASE_URL": config["SQLALCHEMY_DATABASE_URI"],
-        "ENCRYPTION_KEY_FILE": config["ENCRYPTION_KEY_FILE"],
-    }
-
-
-@pytest.fixture
-def start_app(config: dict[str, Any]) -> Iterator[Callable[[], Flask]]:
+def start_app() -> Iterator[Callable[[], Flask]]:
     apps: list[Flask] = []
 
     def start() -> Flask:
-        apps.append(create_app(config))
+        apps.append(create_app({"PROPAGATE_EXCEPTIONS": False}))
         return apps[-1]
 
     yield start
@@ -170,8 +194,7 @@ def runner(app: Flask) -> FlaskCliRunner:
 
 @pytest.fixture
 def credential(app: Flask) -> str:
-    with app.app_context():
-        return auth.issue_credential("test")
+    return issue_credential(app)
 
 
 @pytest.fixture
@@ -180,23 +203,19 @@ def auth_headers(credential: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def start_server(
-    environment: dict[str, str],
-) -> Iterator[Callable[..., Server]]:
-    servers: list[Server] = []
+def start_server() -> Iterator[StartServer]:
+    with ExitStack() as stack:
 
-    def start(**settings: str) -> Server:
-        servers.append(Server(environment | settings))
-        return servers[-1]
+        def start(process: Popen[str] | None = None, **settings: str) -> Server:
+            server = Server(process or Fork(serve, **settings))
+            stack.callback(server.stop)
+            return server
 
-    yield start
-    for server in servers:
-        if server.process.poll() is None:
-            server.stop()
+        yield start
 
 
 @pytest.fixture
-def server(start_server: Callable[..., Server]) -> Server:
+def server(start_server: StartServer) -> Server:
     return start_server()
 
 
@@ -213,23 +232,65 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     environment = {
         "DATABASE_URL": f"sqlite:///{folder}/ai-provider.db",
         "ENCRYPTION_KEY_FILE": f"{folder}/encryption.key",
+        "LISTEN": "127.0.0.1:0",
     }
-    server = Server(environment)
-    create = flask(environment, "credentials", "create")
-    yield Running(server, create.stdout.strip())
+    server = Server(Fork(serve, **environment))
+    yield Running(server, create_credential(**environment))
     server.stop()
 
 
-def flask(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the application in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "flask", *arguments],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
+class Stored(NamedTuple):
+    """A configuration as it is stored, its API key decrypted."""
+
+    provider: str
+    api_key: str
+    updated_at: str
+    updated_by: str
+
+
+def stored(app: Flask) -> Stored | None:
+    with app.app_context():
+        config = ProviderConfig.get()
+        if config is None:
+            return None
+        return Stored(config.provider, config.api_key, config.updated_at, config.updated_by)
+
+
+def issue_credential(app: Flask) -> str:
+    """Issue a credential in this process, and leave the database to others."""
+    with app.app_context():
+        credential = Credential.issue("test")
+    with app.app_context():
+        db.engine.dispose()
+    return credential
+
+
+def flask(*arguments: str, **settings: str) -> tuple[int, str, str]:
+    """Run a command in a process of its own; return its exit status and output."""
+    return run(execute_command, *arguments, **settings)
+
+
+def create_credential(**settings: str) -> str:
+    """Create a credential in a process of its own."""
+    return flask("credentials", "create", **settings)[1].strip()
 
 
 def basic(credential: str) -> str:
     return "Basic " + b64encode(credential.encode()).decode()
+
+
+def failure(error_type: str, message: str, data: object = None) -> dict[str, object]:
+    """Return the body of an error."""
+    return {"status": "error", "message": message, "error_type": error_type, "data": data}
+
+
+INTERNAL_ERROR = failure(
+    "GeneralException",
+    "The server encountered an internal error and was unable to complete your request."
+    " Either the server is overloaded or there is an error in the application.",
+)
+UNREADABLE = failure(
+    "GeneralException",
+    "The stored API key is not readable with the present encryption key."
+    " Restore the encryption key file, or remove it and set the provider again.",
+)

@@ -1,25 +1,25 @@
+import re
+import sqlite3
 from base64 import b64encode
 from hashlib import sha256
 
 import pytest
 import sqlalchemy as sa
-from conftest import CONFIG, URL, basic, on_both
+from conftest import CONFIG, URL, basic, failure, issue_credential, on_both
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
 
-import auth
-from models import db, execute
+import models
+from database import db
+from models import Credential
 
 KEY, SECRET = "k" * 32, "s" * 64
-UNAUTHORIZED = {
-    "status": "error",
-    "message": (
-        "Send a valid credential: Authorization: Basic base64(api_key:api_secret)"
-        " or Authorization: token api_key:api_secret."
-    ),
-    "error_type": "UnauthorizedException",
-    "data": None,
-}
+UNKNOWN = {"Authorization": f"token {KEY}:{SECRET}"}
+UNAUTHORIZED = failure(
+    "UnauthorizedException",
+    "Send a valid credential: Authorization: Basic base64(api_key:api_secret)"
+    " or Authorization: token api_key:api_secret.",
+)
 
 
 def encoded(value: bytes) -> str:
@@ -71,23 +71,24 @@ def test_malformed_header_is_rejected(client: FlaskClient, header: str) -> None:
 def test_every_failure_gets_the_same_bytes(
     client: FlaskClient, app: Flask, runner: FlaskCliRunner, credential: str
 ) -> None:
-    with app.app_context():
-        revoked = auth.issue_credential(None)
+    revoked = issue_credential(app)
     runner.invoke(args=["credentials", "revoke", revoked[:32]])
-    answers = [
-        client.put(URL, json=CONFIG, headers=headers)
-        for headers in (
-            {},
-            {"Authorization": f"token {KEY}:{SECRET}"},
-            {"Authorization": f"token {credential[:32]}:{SECRET}"},
-            {"Authorization": f"token {revoked}"},
-            {"Authorization": basic(revoked)},
-        )
+    headers = [
+        {},
+        UNKNOWN,
+        {"Authorization": f"token {credential[:32]}:{SECRET}"},
+        {"Authorization": f"token {revoked}"},
+        {"Authorization": basic(revoked)},
     ]
-    assert {(answer.status_code, answer.data) for answer in answers} == {(401, answers[0].data)}
+    answers = [client.put(URL, json=CONFIG, headers=each) for each in headers]
+    assert {answer.status_code for answer in answers} == {401}
     assert answers[0].json == UNAUTHORIZED
+    assert {answer.data for answer in answers} == {answers[0].data}
     assert {str(answer.headers) for answer in answers} == {str(answers[0].headers)}
-    assert answers[0].headers.getlist("WWW-Authenticate") == [
+
+
+def test_failure_names_both_schemes(client: FlaskClient) -> None:
+    assert client.get(URL).headers.getlist("WWW-Authenticate") == [
         'Basic realm="AI provider"',
         'Token realm="AI provider"',
     ]
@@ -113,48 +114,54 @@ def test_authentication_comes_before_the_body(client: FlaskClient) -> None:
     assert answer.status_code == 401
 
 
-def test_options_and_health_need_no_credential(client: FlaskClient) -> None:
+def test_options_needs_no_credential(client: FlaskClient) -> None:
     answer = client.options(URL)
     assert answer.status_code == 200
     assert {*answer.allow} == {"GET", "HEAD", "OPTIONS", "PUT"}
+
+
+def test_health_needs_no_credential(client: FlaskClient) -> None:
     answer = client.get("/health")
-    assert (answer.status_code, answer.json) == (
-        200,
-        {"status": "success", "data": True},
-    )
+    assert (answer.status_code, answer.json) == (200, {"status": "success", "data": True})
 
 
 def test_failure_is_logged_with_the_address_only(
     client: FlaskClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client.get(URL, headers={"Authorization": f"token {KEY}:{SECRET}"})
+    client.get(URL, headers=UNKNOWN)
     assert [(record.levelname, record.message) for record in caplog.records] == [
         ("WARNING", "Authentication failed from 127.0.0.1")
     ]
 
 
 @on_both
-def test_database_holds_the_digest_and_the_minute_of_the_last_use(
-    app: Flask, client: FlaskClient, credential: str, auth_headers: dict[str, str]
-) -> None:
-    select = "SELECT secret_hash, name, last_used_at FROM credential"
-    digest = sha256(credential[33:].encode()).hexdigest()
+def test_database_holds_the_digest(app: Flask, credential: str) -> None:
     with app.app_context():
-        assert execute(select) == [(digest, "test", None)]
+        (row,) = Credential.all()
+        assert (row.api_key, row.name, row.last_used_at) == (credential[:32], "test", None)
+        assert row.secret_hash == sha256(credential[33:].encode()).hexdigest()
+
+
+@on_both
+def test_database_holds_the_minute_of_the_last_use(
+    app: Flask, client: FlaskClient, auth_headers: dict[str, str]
+) -> None:
     client.get(URL, headers=auth_headers)
     with app.app_context():
-        ((_, _, last_used_at),) = execute(select)
-    assert len(last_used_at) == len("2026-11-23T12:55Z")
+        (row,) = Credential.all()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\dZ", row.last_used_at or "")
 
 
 def test_not_every_request_writes(
     app: Flask, client: FlaskClient, auth_headers: dict[str, str]
 ) -> None:
     statements: list[str] = []
+
+    def trace(connection: sqlite3.Connection, *_: object) -> None:
+        connection.set_trace_callback(statements.append)
+
     with app.app_context():
-        sa.event.listen(
-            db.engine, "checkout", lambda c, *_: c.set_trace_callback(statements.append)
-        )
+        sa.event.listen(db.engine, "checkout", trace)
     for _ in range(5):
         client.get(URL, headers=auth_headers)
     verbs = [statement.split()[0] for statement in statements]
@@ -171,6 +178,6 @@ def test_unknown_key_costs_a_comparison_too(
         compared.append((stored, sent))
         return stored == sent
 
-    monkeypatch.setattr(auth, "compare_digest", compare)
-    client.get(URL, headers={"Authorization": f"token {KEY}:{SECRET}"})
+    monkeypatch.setattr(models, "compare_digest", compare)
+    client.get(URL, headers=UNKNOWN)
     assert [len(digest) for digest in compared[0]] == [64, 64]

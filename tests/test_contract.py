@@ -2,10 +2,11 @@ from typing import Any
 
 import schemathesis
 import yaml
-from conftest import ROOT, Running, basic
+from conftest import Running, basic
 from flask.testing import FlaskClient
 from hypothesis import HealthCheck, settings
 from openapi_spec_validator import validate
+from processes import ROOT
 from schemathesis import Case
 
 schema = schemathesis.openapi.from_path(ROOT / "openapi.yaml")

@@ -199,12 +199,6 @@ def test_wrong_length(target: Target, body: bytes, length: int) -> None:
         assert answered[0] == 400
 
 
-@given(st.integers(65_534, 65_540))
-def test_body_around_the_limit(target: Target, size: int) -> None:
-    body = b'{"provider": "p", "api_key": "k"}'.ljust(size)
-    assert target.put(body) == [200 if size <= 65_536 else 413]
-
-
 @given(st.binary(max_size=500))
 def test_any_bytes_on_the_socket(target: Target, data: bytes) -> None:
     assert 200 not in target.send(data)

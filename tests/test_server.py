@@ -1,19 +1,34 @@
-import os
-import re
-import socket
-import subprocess
-import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection
+"""The service as a process: what it answers, logs and keeps."""
 
-from conftest import API_KEY, CONFIG, ROOT, URL, Server, basic, flask, on_both
+import re
+import shutil
+import signal
+import socket
+from contextlib import ExitStack
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+from conftest import (
+    API_KEY,
+    CONFIG,
+    URL,
+    Answer,
+    Running,
+    Server,
+    StartServer,
+    basic,
+    failure,
+    on_both,
+)
+from processes import ROOT, start_interpreter
 
 SUCCESS = {"status": "success", "data": True}
 
 
 @on_both
-def test_real_server_serves_both_schemes(server: Server, credential: str) -> None:
+def test_new_interpreter_serves_both_schemes(start_server: StartServer, credential: str) -> None:
+    server = start_server(start_interpreter("app.py"))
     answer = server.request("PUT", body=CONFIG, Authorization=basic(credential))
     assert (answer.status, answer.body) == (200, SUCCESS)
     answer = server.request("GET", Authorization=f"token {credential}")
@@ -25,21 +40,69 @@ def test_real_server_serves_both_schemes(server: Server, credential: str) -> Non
     assert credential[33:] not in log
 
 
-def test_chunked_body_is_read_and_limited(server: Server, credential: str) -> None:
-    headers = {
-        "Authorization": f"token {credential}",
-        "Transfer-Encoding": "chunked",
-        "Content-Type": "application/json",
-    }
-    body = b'{"provider": "openai", "api_key": "k"}'
-    for padding, status in ((65536, 200), (65537, 413)):
-        data = body.ljust(padding)
-        chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)
-        assert server.request("PUT", body=chunked, **headers).status == status
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_new_interpreter_ends_without_an_error(start_server: StartServer, number: int) -> None:
+    server = start_server(start_interpreter("app.py"))
+    server.request("GET", "/health")  # it is at work from here on
+    assert "Traceback" not in server.stop(number)
+    assert server.process.poll() == 0
 
 
-def test_body_past_the_servers_own_limit_is_refused(server: Server) -> None:
-    client = HTTPConnection("127.0.0.1", server.port)
+def test_files_are_in_the_instance_folder_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
+    elsewhere.mkdir()
+    for module in ROOT.glob("*.py"):
+        shutil.copy(module, project)
+    monkeypatch.delenv("DATABASE_URL")
+    monkeypatch.delenv("ENCRYPTION_KEY_FILE")
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # so that the start ends here
+        monkeypatch.setenv("LISTEN", f"127.0.0.1:{taken.getsockname()[1]}")
+        start_interpreter(project / "app.py", cwd=elsewhere).communicate(timeout=60)
+    assert not list(elsewhere.iterdir())
+    instance = project / "instance"
+    assert instance.stat().st_mode & 0o777 == 0o700
+    assert {path.name for path in instance.iterdir()} == {"ai-provider.db", "encryption.key"}
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o777], ids=["000", "022", "777"])
+def test_files_are_their_owners_alone_whatever_the_umask(
+    start_server: StartServer, tmp_path: Path, umask: int
+) -> None:
+    start_server(start_interpreter("app.py", umask=umask))
+    assert {path.name: f"{path.stat().st_mode:o}" for path in tmp_path.iterdir()} == dict.fromkeys(
+        ["ai-provider.db", "ai-provider.db-shm", "ai-provider.db-wal", "encryption.key"], "100600"
+    )
+
+
+def put_body_of(size: int, running: Running, chunked: bool) -> Answer:
+    body = b'{"provider": "openai", "api_key": "k"}'.ljust(size)
+    if not chunked:
+        return running.server.put(body, running.credential)
+    return running.server.request(
+        "PUT",
+        body=b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body),
+        Authorization=f"token {running.credential}",
+        **{"Transfer-Encoding": "chunked"},
+    )
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
+def test_body_of_64_kib_is_accepted(running: Running, chunked: bool) -> None:
+    assert put_body_of(64 * 1024, running, chunked).status == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
+def test_longer_body_is_refused(running: Running, chunked: bool) -> None:
+    answer = put_body_of(64 * 1024 + 1, running, chunked)
+    assert answer.status == 413
+    assert answer.body == failure("InputException", "The body must be at most 64 KiB.")
+
+
+def test_body_of_more_than_1_mib_is_refused(server: Server) -> None:
+    client = HTTPConnection("127.0.0.1", server.port, timeout=30)
     client.putrequest("PUT", URL)
     client.putheader("Content-Length", str(1024 * 1024 + 1))
     client.endheaders()
@@ -48,99 +111,61 @@ def test_body_past_the_servers_own_limit_is_refused(server: Server) -> None:
 
 
 @on_both
-def test_concurrent_writers_never_mix_their_fields(server: Server, credential: str) -> None:
-    authorization = f"token {credential}"
-
-    def put(number: int) -> int:
-        body = {"provider": f"p{number}", "api_key": f"key-of-provider-{number:04}"}
-        return server.request("PUT", body=body, Authorization=authorization).status
-
-    with ThreadPoolExecutor(8) as pool:
-        assert {*pool.map(put, range(200))} == {200}
-    data = server.request("GET", Authorization=authorization).body["data"]
-    assert int(data["provider"][1:]) == int(data["api_key"][-4:])
+def test_configuration_survives_a_restart(start_server: StartServer, credential: str) -> None:
+    server = start_server()
+    server.put(CONFIG, credential)
+    before = server.get(credential).body
+    server.stop()
+    assert start_server().get(credential).body == before
 
 
-def test_port_taken_is_one_clear_line(server: Server, environment: dict[str, str]) -> None:
-    listen = f"127.0.0.1:{server.port}"
-    result = subprocess.run(
-        [sys.executable, ROOT / "app.py"],
-        env=os.environ | environment | {"LISTEN": listen},
-        capture_output=True,
-        text=True,
-    )
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == (
-        f"Error: Cannot listen on LISTEN={listen}: [Errno 98] Address already in use\n"
-    )
-
-
-@on_both
-def test_restarted_server_keeps_the_configuration(
-    start_server: Callable[..., Server], credential: str
+@pytest.mark.parametrize(("path", "status"), [(URL, 404), ("/health", 200), ("/nowhere", 404)])
+def test_answer_has_the_headers_of_an_api_that_handles_secrets(
+    server: Server, credential: str, path: str, status: int
 ) -> None:
-    authorization = f"token {credential}"
-    first = start_server()
-    first.request("PUT", body=CONFIG, Authorization=authorization)
-    before = first.request("GET", Authorization=authorization).body
-    first.stop()
-    assert start_server().request("GET", Authorization=authorization).body == before
+    answer = server.request("GET", path, Authorization=f"token {credential}")
+    assert answer.status == status
+    del answer.headers["Date"]
+    assert answer.headers == {
+        "Content-Length": answer.headers["Content-Length"],
+        "Content-Type": "application/json",
+        "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+    }
 
 
-def test_answers_have_the_headers_of_an_api_that_handles_secrets(
-    server: Server, credential: str
-) -> None:
-    for path, status in ((URL, 404), ("/health", 200), ("/nowhere", 404)):
-        answer = server.request("GET", path, Authorization=f"token {credential}")
-        assert answer.status == status
-        assert {key: value for key, value in answer.headers.items() if key != "Date"} == {
-            "Content-Length": answer.headers["Content-Length"],
-            "Content-Type": "application/json",
-            "Cache-Control": "no-store",
-            "X-Content-Type-Options": "nosniff",
-        }
+def test_stalled_connections_do_not_keep_others_out(server: Server, credential: str) -> None:
+    header = f"PUT {URL} HTTP/1.1\r\nAuthorization: token {credential}\r\n".encode()
+    with ExitStack() as stalled:
+        for number in range(100):
+            connection = socket.create_connection(("127.0.0.1", server.port))
+            stalled.enter_context(connection)
+            connection.sendall(header + b"Content-Length: 9\r\n\r\n{" * (number % 2))
+        assert server.put(CONFIG, credential).status == 200
+        assert server.request("GET", "/health").status == 200
 
 
-def test_development_server_logs_as_the_other_does(environment: dict[str, str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flask", "run", "--port", str(port)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr
-    with process, process.stderr as log:
-        assert next(line for line in log if "Press CTRL+C to quit" in line)
-        client = HTTPConnection("127.0.0.1", port, timeout=30)
-        client.request("GET", "/health?secret=1")
-        assert client.getresponse().read() == b'{"status":"success","data":true}\n'
-        client.close()
-        line = next(log)
-        process.terminate()
-        rest = log.read()
+def test_development_server_logs_as_the_other_does(start_server: StartServer) -> None:
+    server = start_server(start_interpreter("-m", "flask", "run", "--port", "0"))
+    server.wait_for("Press CTRL+C to quit")
+    assert server.request("GET", "/health?secret=1").body == SUCCESS
+    access = server.wait_for("")
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
-    assert re.fullmatch(rf"{stamp} INFO GET /health 200 \d+\.\d ms - 127\.0\.0\.1\n", line)
-    assert "secret" not in rest
+    assert re.fullmatch(rf"{stamp} INFO GET /health 200 \d+\.\d ms - 127\.0\.0\.1\n", access)
+    assert "secret" not in server.stop(signal.SIGINT)
 
 
-def test_level_of_the_log_is_a_setting(environment: dict[str, str]) -> None:
-    result = flask(environment | {"LOG_LEVEL": "LOUD"}, "credentials", "list")
-    assert (result.returncode, result.stderr) == (
-        1,
-        "Error: LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR.\n",
-    )
-    result = flask(environment | {"LOG_LEVEL": "ERROR"}, "credentials", "list")
-    assert (result.returncode, result.stderr) == (0, "")
-
-
-def test_trusted_proxy_passes_on_the_clients_address(
-    start_server: Callable[..., Server],
+def test_secrets_are_in_no_log_and_in_no_file_but_encrypted(
+    server: Server, credential: str, tmp_path: Path
 ) -> None:
-    trusting, plain = start_server(TRUSTED_PROXY="127.0.0.1"), start_server()
-    for server, address in ((trusting, "203.0.113.7"), (plain, "127.0.0.1")):
-        server.request("GET", "/health", **{"X-Forwarded-For": "203.0.113.7"})
-        assert server.stop().splitlines()[-1].endswith(f" ms - {address}")
+    server.put(CONFIG, credential)
+    server.put(CONFIG | {"extra": API_KEY}, credential)
+    server.request("PUT", body=CONFIG | {"api_key": f"{API_KEY}\n"})
+    server.get(f"{credential}x")
+    files = [path.read_bytes() for path in tmp_path.iterdir()]
+    log = server.stop().encode()
+    for content in [*files, log]:
+        assert API_KEY.encode() not in content
+        assert credential[33:].encode() not in content
+    assert len(files) == 4
+    assert log.count(b"WARNING Authentication failed from 127.0.0.1\n") == 2

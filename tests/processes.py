@@ -1,0 +1,127 @@
+"""Processes of the application, most of them forked from one that has it imported.
+
+A fork starts in a tenth of the time that a new interpreter takes.
+"""
+
+import multiprocessing.forkserver
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TextIO
+
+from flask import cli
+
+import app
+
+Function = Callable[..., object]
+ROOT = Path(__file__).parent.parent
+
+# The process that is forked: a new interpreter that has imported these modules and no others.
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["app", "psycopg", "sqlalchemy.dialects.postgresql"])
+
+
+def stop_forkserver() -> None:
+    """End the processes behind the forks; the standard library would only tell them to end."""
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
+
+
+class Fork:
+    """A forked process that calls a function, with the interface of subprocess.Popen."""
+
+    def __init__(self, function: Function, *arguments: object, **settings: str) -> None:
+        self.stdout, stdout = open_pipe()
+        self.stderr, stderr = open_pipe()
+        call = (stdout, stderr, os.environ | settings, function, *arguments)
+        # A daemon is ended with its parent.
+        self.process = forkserver.Process(target=call_as_new_process, args=call, daemon=True)
+        with stdout, stderr:
+            self.process.start()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.process.name, timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.process.pid and self.poll() is None:
+            os.kill(self.process.pid, number)
+
+
+def open_pipe() -> tuple[TextIO, Connection]:
+    """Return a pipe's end for this process and its end for another one."""
+    reader, writer = os.pipe()
+    return os.fdopen(reader), Connection(writer, readable=False)
+
+
+def call_as_new_process(
+    stdout: Connection,
+    stderr: Connection,
+    environment: dict[str, str],
+    function: Function,
+    *arguments: object,
+) -> None:
+    """Make the forked process like a new one; call the function."""
+    os.dup2(stdout.fileno(), sys.stdout.fileno())
+    os.dup2(stderr.fileno(), sys.stderr.fileno())
+    stdout.close()
+    stderr.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    # A shell has its background jobs ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    function(*arguments)
+
+
+def run(function: Function, *arguments: object, **settings: str) -> tuple[int, str, str]:
+    """Call the function in a fork; return its exit status, standard output and standard error."""
+    fork = Fork(function, *arguments, **settings)
+    with fork.stdout, fork.stderr:
+        try:
+            status = fork.wait(60)  # the output fits in the pipes
+        finally:
+            fork.send_signal(signal.SIGKILL)
+        return status, fork.stdout.read(), fork.stderr.read()
+
+
+def serve() -> None:
+    """Do what `python app.py` does."""
+    sys.argv = ["app.py"]
+    app.main()
+
+
+def execute_command(*arguments: str) -> None:
+    """Do what `flask` does with these arguments."""
+    sys.argv = ["flask", *arguments]
+    cli.main()
+
+
+def start_interpreter(
+    *arguments: str | Path, cwd: Path = ROOT, umask: int = -1
+) -> subprocess.Popen[str]:
+    """Start Python with these arguments, in a process that is not forked but new."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        umask=umask,
+        preexec_fn=reset_interrupt,
+    )
+
+
+def reset_interrupt() -> None:
+    """Undo what a shell does to its background jobs, which ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
