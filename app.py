@@ -1,10 +1,14 @@
 """The application: a service that keeps the one AI provider configuration of a help desk."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it starts has no traceback
+
 import logging
 import os
 import re
-import signal
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -13,28 +17,32 @@ from urllib.parse import quote
 
 import click
 from flask import Blueprint, Flask, abort, current_app, g, jsonify, request
-from flask.json.provider import DefaultJSONProvider
 from marshmallow import ValidationError
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import create_server
-from werkzeug.exceptions import HTTPException, InternalServerError
+from werkzeug.exceptions import HTTPException, default_exceptions
 from werkzeug.wrappers import Response
 
 import auth
 import database
 import models
 from database import StorageError
-from encryption import DecryptionError, key_file
+from encryption import key_file
 from models import ProviderConfig
-from schemas import failure, provider_schema, success
+from schemas import JSONProvider, failure, parse_object, provider_schema, success
 
 # Flask would look for it in the current folder.
 INSTANCE = Path(__file__).resolve().parent / "instance"
+LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR"]
 NOT_SET = "No provider is set yet."
 # For errors that are raised without a message.
 MESSAGES = {
-    400: "The body must be a JSON object.",
+    404: "The paths are /api/v1/ai/provider, /health and /openapi.yaml.",
+    405: "This path has the methods {allow}.",
     413: "The body must be at most 64 KiB.",
     415: "Send the header Content-Type: application/json.",
+    500: "The service failed. Its log names the cause.",
 }
 
 bp = Blueprint("provider", __name__, url_prefix="/api/v1/ai/provider")
@@ -45,21 +53,12 @@ bp.before_request(auth.authenticate)
 @bp.put("")
 def update_provider() -> dict[str, object]:
     """Create or replace the configuration."""
-    config = provider_schema.load(_read_json_object())
-    ProviderConfig.put(**config, updated_by=g.api_key)
-    current_app.logger.info("Provider set to %s by %s", config["provider"], g.api_key)
-    return success(True)
-
-
-def _read_json_object() -> dict[str, Any]:
     if not request.is_json:
         abort(415)
-    body = None
-    with suppress(RecursionError):
-        body = request.get_json()
-    if not isinstance(body, dict):
-        abort(400)
-    return body
+    config = provider_schema.load(parse_object(request.get_data()))
+    ProviderConfig.put(**config, updated_by=g.api_key)
+    current_app.logger.info("Provider set to %r by %s", config["provider"], g.api_key)
+    return success(True)
 
 
 @bp.get("")
@@ -71,13 +70,18 @@ def show_provider() -> dict[str, object]:
     return success(provider_schema.dump(config))
 
 
+@bp.delete("")
+def clear_provider() -> dict[str, object]:
+    """Remove the configuration."""
+    if not ProviderConfig.clear():
+        abort(404, NOT_SET)
+    current_app.logger.info("Provider removed by %s", g.api_key)
+    return success(True)
+
+
 def check_health() -> dict[str, object]:
-    """Answer while the tables can be read."""
-    try:
-        ProviderConfig.get()
-    except StorageError as error:
-        current_app.logger.error("%s", error)
-        abort(503, "The database does not answer.")
+    """Answer while what is stored can be read."""
+    ProviderConfig.check()
     return success(True)
 
 
@@ -127,14 +131,9 @@ def _handle_validation_error(error: ValidationError) -> tuple[dict[str, object],
 
 
 def _handle_storage_error(error: StorageError) -> Response:
-    # The fault and its remedy do not concern a client.
     current_app.logger.error("%s", error)
-    return _handle_http_exception(InternalServerError())
-
-
-def _handle_decryption_error(error: DecryptionError) -> Response:
-    # A client is told: it can set the provider again.
-    return _handle_http_exception(InternalServerError(error.message))
+    status = 503 if request.endpoint == "check_health" else 500
+    return _handle_http_exception(default_exceptions[status](error.public))
 
 
 def _handle_http_exception(error: HTTPException) -> Response:
@@ -143,53 +142,61 @@ def _handle_http_exception(error: HTTPException) -> Response:
     status = response.status_code
     message = error.description or error.name
     if error.description == type(error).description:
-        message = MESSAGES.get(status, message)
+        message = MESSAGES.get(status, message).format(allow=response.headers.get("Allow"))
     response.data = jsonify(failure(status, message)).data
     response.content_type = "application/json"
     return response
 
 
-def _start_timer() -> None:
+def _begin() -> None:
     g.started = perf_counter()
+    if request.environ.get("REQUEST_URI", "").startswith("//"):
+        abort(404)  # waitress strips a slash
 
 
 def _finish(response: Response) -> Response:
     # Keep secrets out of caches, and browsers from guessing a type (OWASP).
     response.headers["Cache-Control"] = "no-store"
     response.headers["X-Content-Type-Options"] = "nosniff"
-    path = quote(request.path, errors="replace")
+    if request.method == "OPTIONS" and response.status_code == 200:
+        response.status_code = 204
+        del response.headers["Content-Type"]
+    what = quote(f"{request.method} {request.path}", safe="/ ", errors="replace")[:200]
     milliseconds = (perf_counter() - g.started) * 1000
-    who = f"{g.get('api_key', '-')} {request.remote_addr}"
-    line = f"{request.method} {path} {response.status_code} {milliseconds:.1f} ms {who}"
+    who = f"{g.get('api_key', '-')} {auth.parse_address(request.remote_addr) or '-'}"
+    line = f"{what} {response.status_code} {milliseconds:.1f} ms {who}"
     # Once the client has its answer, for which it need not wait longer.
     response.call_on_close(partial(current_app.logger.info, line))
     return response
 
 
-class JSONProvider(DefaultJSONProvider):
-    """JSON with the fields in their order, and bullets as bullets."""
+def _is_host_and_port(text: str) -> bool:
+    match = re.fullmatch(r"(\[[^\s\]]+\]|[^\s:]+):(\d{1,5})", text)
+    return match is not None and int(match[2]) <= 65535
 
-    ensure_ascii = False
-    sort_keys = False
+
+# The default of each setting, what checks it, and the rule.
+SETTINGS: dict[str, tuple[str, Callable[[str], object], str]] = {
+    "AI_PROVIDERS": ("", bool, "not be empty"),
+    "DATABASE_URL": ("sqlite:///ai-provider.db", bool, "not be empty"),
+    "ENCRYPTION_KEY_FILE": ("encryption.key", bool, "not be empty"),
+    "LISTEN": ("127.0.0.1:8080", _is_host_and_port, "be host:port, as [::1]:8080"),
+    "LOG_LEVEL": ("INFO", LEVELS.__contains__, f"be one of: {', '.join(LEVELS)}"),
+    "TRUSTED_PROXY": ("", auth.parse_address, "be an IP address, as 127.0.0.1"),
+}
 
 
 def _read_settings() -> dict[str, Any]:
-    level = os.environ.get("LOG_LEVEL", "INFO")
-    if level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
-        raise click.ClickException("LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR.")
-    listen = os.environ.get("LISTEN", "127.0.0.1:8080")
-    if not re.fullmatch(r"\S+:\d{1,5}", listen) or int(listen.rpartition(":")[2]) > 65535:
-        raise click.ClickException("LISTEN must be host:port.")
-    providers = os.environ.get("AI_PROVIDERS", "").split(",")
-    key_file_path = os.environ.get("ENCRYPTION_KEY_FILE", "encryption.key")
-    return database.engine_settings(os.environ.get("DATABASE_URL", "sqlite:///ai-provider.db")) | {
-        "AI_PROVIDERS": [name.strip() for name in providers if name.strip()],
-        # What a link names, a rotation replaces.
-        "ENCRYPTION_KEY_FILE": Path(INSTANCE, key_file_path).resolve(),
-        "LISTEN": listen,
-        "LOG_LEVEL": level,
-        "TRUSTED_PROXY": os.environ.get("TRUSTED_PROXY", ""),
-    }
+    settings: dict[str, Any] = {}
+    for name, (default, is_valid, rule) in SETTINGS.items():
+        settings[name] = os.environ.get(name, default)
+        if name in os.environ and not is_valid(settings[name]):
+            raise click.ClickException(f"{name} must {rule}.")
+    names = settings["AI_PROVIDERS"].split(",")
+    settings["AI_PROVIDERS"] = [name.strip() for name in names if name.strip()]
+    # What a link names, a rotation replaces.
+    settings["ENCRYPTION_KEY_FILE"] = os.path.realpath(INSTANCE / settings["ENCRYPTION_KEY_FILE"])
+    return settings | database.engine_settings(settings["DATABASE_URL"], INSTANCE)
 
 
 def _is_no_access_line(record: logging.LogRecord) -> bool:
@@ -200,8 +207,8 @@ def _configure_logging(level: str) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
     # The development server's own access lines show the query string.
     logging.getLogger("werkzeug").addFilter(_is_no_access_line)
-    # Under load it would write a line for each request that waits for a thread.
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+    # Its other lines have what a stranger sent, and one comes for each request in the queue.
+    logging.getLogger("waitress").setLevel(logging.ERROR)
 
 
 def create_app(config: dict[str, Any] | None = None) -> Flask:
@@ -217,13 +224,55 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app.register_blueprint(bp)
     app.add_url_rule("/health", view_func=check_health)
     app.add_url_rule("/openapi.yaml", view_func=show_document)
-    app.before_request(_start_timer)
+    app.before_request(_begin)
     app.after_request(_finish)
     app.register_error_handler(ValidationError, _handle_validation_error)
     app.register_error_handler(StorageError, _handle_storage_error)
-    app.register_error_handler(DecryptionError, _handle_decryption_error)
     app.register_error_handler(HTTPException, _handle_http_exception)
     return app
+
+
+class RequestParser(HTTPRequestParser):
+    """Waitress's parser, with an answer to every malformed header."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Raise ParsingError, which is answered with status 400."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:
+            raise ParsingError("Malformed header") from error
+
+
+def _create_server(app: Flask) -> Any:  # noqa: ANN401
+    HTTPChannel.parser_class = RequestParser
+    listen, proxy = app.config["LISTEN"], app.config["TRUSTED_PROXY"]
+    try:
+        # A stranger may send 16 KiB of headers (by default 256) and 128 KiB of body (1 GiB), and
+        # stall 500 connections (100) for 10 seconds (120), if there are descriptors for them. Of
+        # two threads, one commits while the other computes: more only contend.
+        return create_server(
+            app,
+            listen=listen,
+            trusted_proxy=proxy,
+            trusted_proxy_headers="x-forwarded-for" if proxy else "",
+            threads=2,
+            max_request_header_size=16 * 1024,
+            max_request_body_size=128 * 1024,
+            connection_limit=min(500, os.sysconf("SC_OPEN_MAX") - 32),
+            channel_timeout=10,
+            cleanup_interval=5,
+            log_socket_errors=False,
+            ident="",
+        )
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"Cannot listen on LISTEN={listen}: {error}") from error
+
+
+def _stop(_number: int, _frame: object) -> None:
+    # The request in work is answered; another signal does not interrupt that.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # SIG_IGN would print a race
+    raise SystemExit
 
 
 @click.command()
@@ -231,30 +280,16 @@ def main() -> None:
     """Serve on LISTEN, host:port."""
     app = create_app()
     with app.app_context():
-        if key_file.exists():
-            key_file.read()
-    listen, proxy = app.config["LISTEN"], app.config["TRUSTED_PROXY"]
-    try:
-        # A stranger may send 1 MiB (by default 1 GiB), and stall 500 connections (100) for
-        # 30 seconds (120); poll knows no limit of descriptors, as select does. Of two threads,
-        # one commits while the other computes: more only contend.
-        server = create_server(
-            app,
-            listen=listen,
-            trusted_proxy=proxy,
-            trusted_proxy_headers="x-forwarded-for" if proxy else "",
-            threads=2,
-            max_request_body_size=1024 * 1024,
-            connection_limit=500,
-            channel_timeout=30,
-            asyncore_use_poll=True,
-            ident="",
-        )
-    except (OSError, ValueError) as error:
-        raise click.ClickException(f"Cannot listen on LISTEN={listen}: {error}") from error
-    # SIGTERM ends the process as Ctrl-C does: what is being worked on is answered.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    server.print_listen("Serving on http://{}:{}")
+        key_file.check()
+        try:
+            ProviderConfig.check()
+        except StorageError as error:  # a PUT mends it
+            app.logger.error("%s", error)
+    server = _create_server(app)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    host, _, port = app.config["LISTEN"].rpartition(":")
+    app.logger.info("Serving on http://%s:%s", host, getattr(server, "effective_port", port))
     server.run()
 
 

@@ -2,6 +2,7 @@
 
 import re
 from base64 import b64decode
+from ipaddress import ip_address
 
 import click
 from flask import current_app, g, request
@@ -33,13 +34,22 @@ def parse_authorization(header: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
+def parse_address(text: str | None) -> str:
+    """Return an IP address in its usual form, and nothing for any other text."""
+    try:
+        return str(ip_address(text or ""))
+    except ValueError:
+        return ""
+
+
 def authenticate() -> None:
     """Refuse a request without a valid credential; leave its key in `g.api_key`."""
     if request.method == "OPTIONS":
         return
     credential = parse_authorization(request.headers.get("Authorization", ""))
     if credential is None or not Credential.verify(*credential):
-        current_app.logger.warning("Authentication failed from %s", request.remote_addr)
+        address = parse_address(request.remote_addr) or "-"
+        current_app.logger.warning("Authentication failed from %s", address)
         raise Unauthorized(
             "Send a valid credential: Authorization: Basic base64(api_key:api_secret) or"
             " Authorization: token api_key:api_secret.",
@@ -73,6 +83,6 @@ def list_command() -> None:
 @click.argument("api_key")
 def revoke_command(api_key: str) -> None:
     """Make the credential of this API key invalid from the next request on."""
-    if not Credential.revoke(api_key):
+    if not Credential.revoke(api_key.partition(":")[0]):  # of the whole credential, too
         raise click.ClickException("No credential has this API key; see: flask credentials list.")
     click.echo("Revoked.", err=True)

@@ -1,4 +1,4 @@
-"""The database: engine, tables, statements, the SQLite file, and storage errors."""
+"""The database: engine, tables, transactions, the watch over the SQLite file, storage errors."""
 
 import fcntl
 import os
@@ -8,67 +8,73 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryFile
+from threading import RLock
+from time import monotonic
 from typing import Any
 
+import click
 import sqlalchemy as sa
-from click import ClickException
 from flask import Flask, current_app, g
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.sql.selectable import ExecutableReturnsRows as Statement
 
 
-class StorageError(ClickException):
-    """A fault of the database or the key file; the message names the remedy."""
+class StorageError(click.ClickException):
+    """A fault of what is stored; the message has the remedy, `public` is for clients."""
+
+    public = "What is stored cannot be read or written. The log of the service names the cause."
 
 
 class Base(DeclarativeBase):
     """The metadata of the tables."""
 
 
-# Autocommit: each statement is atomic by itself, and none reads before it writes in one
-# transaction, which fails with SQLite's BUSY_SNAPSHOT.
-db = SQLAlchemy(
-    model_class=Base, engine_options={"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
-)
+# A server of PostgreSQL may have been restarted since the last request.
+OPTIONS = {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None, "pool_pre_ping": True}
+db = SQLAlchemy(model_class=Base, engine_options=OPTIONS)
+
+# How a transaction keeps other writers out, and how long it waits for them.
+BEGIN = {
+    "sqlite": "PRAGMA busy_timeout = {}; BEGIN IMMEDIATE",
+    "postgresql": "BEGIN; SET LOCAL lock_timeout = {}; LOCK provider_config IN EXCLUSIVE MODE",
+}
+lock = RLock()  # the statements of a process run one by one
 
 
-def engine_settings(database_url: str) -> dict[str, Any]:
+def engine_settings(database_url: str, folder: Path) -> dict[str, Any]:
     """Return Flask-SQLAlchemy's settings; raise ClickException for another kind of database."""
-    try:
+    with suppress(sa.exc.ArgumentError, ValueError):
         url = sa.make_url(database_url)
-    except (sa.exc.ArgumentError, ValueError):
-        url = sa.URL.create("none")
-    no_file = url.host or url.query or url.database in {None, "", ":memory:"}
-    # A lock is waited for at most 2 seconds, twice in a PUT: a stop takes less than 5.
-    if url.drivername in {"postgres", "postgresql", "postgresql+psycopg"}:
-        session = f"-c lock_timeout=2s {url.query.get('options', '')}"
-        limits = {"connect_timeout": "2", "tcp_user_timeout": "4000", "options": session}
-        url = url.set(drivername="postgresql+psycopg").update_query_dict(limits)
-        options: dict[str, Any] = {"pool_pre_ping": True}  # the server may have been restarted
-    elif url.drivername == "sqlite" and not no_file:
-        url = url.update_query_dict({"timeout": "2"})
-        options = {"paramstyle": "named"}
-    else:
-        raise ClickException("DATABASE_URL must be sqlite:/// and a file's path, or postgresql://.")
-    return {"SQLALCHEMY_DATABASE_URI": url, "SQLALCHEMY_ENGINE_OPTIONS": options}
+        is_postgresql = url.drivername in {"postgres", "postgresql", "postgresql+psycopg"}
+        if is_postgresql and "@" not in f"{url.host}{url.database}":
+            # Whatever the server's own settings, what is acknowledged is on disk.
+            session = f"{url.query.get('options', '')} -c lock_timeout=2s -c synchronous_commit=on"
+            limits = {"connect_timeout": "2", "tcp_user_timeout": "4000", "options": session}
+            url = url.set(drivername="postgresql+psycopg").update_query_dict(limits)
+            return {"SQLALCHEMY_DATABASE_URI": url}
+        no_file = url.host or url.query or url.database in {None, "", ":memory:"}
+        if url.drivername == "sqlite" and not no_file:
+            url = url.set(database=str(Path(folder, str(url.database)).absolute()))
+            named = {"paramstyle": "named"}
+            return {"SQLALCHEMY_DATABASE_URI": url, "SQLALCHEMY_ENGINE_OPTIONS": named}
+    raise click.ClickException(
+        "DATABASE_URL must be sqlite:/// and a file's path, or postgresql:// and an address, in"
+        " which the special characters of a password are percent-encoded: %40 for @."
+    )
 
 
 def init_app(app: Flask) -> None:
     """Create what is missing of the database; raise StorageError if that fails."""
-    os.umask(0o077)  # with which SQLite creates its files: they are their owner's alone
     try:
         with suppress(OSError):  # it is there, or not needed
-            Path(app.instance_path).mkdir()
+            Path(app.instance_path).mkdir(0o700)
         db.init_app(app)
     except ImportError as error:
         raise StorageError("PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'") from error
-    except OSError as error:
-        raise StorageError(f"{error.filename}: {error.strerror}.") from error
     app.teardown_appcontext(_close_connection)
-    with app.app_context():
+    with app.app_context(), storage_errors():
         _create_tables()
 
 
@@ -80,69 +86,114 @@ def _create_tables() -> None:
             Base.metadata.create_all(connection)
         return
     path = Path(str(db.engine.url.database))
-    with locked(path.parent):
-        if not path.exists():
-            path.touch()
-            current_app.logger.warning("Created database %s.", path)
+    with suppress(FileExistsError):
+        path.touch(exist_ok=False)
+        path.chmod(0o600)  # SQLite gives the files beside it the same mode
+        current_app.logger.warning("Created database %s.", path)
+    TemporaryFile(dir=path.parent).close()  # or raise PermissionError
+    with path.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         with db.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA journal_mode = WAL")
             Base.metadata.create_all(connection)
-    current_app.extensions["database_file"] = DatabaseFile(path)
-
-
-@sa.event.listens_for(sa.Engine, "connect")
-def _synchronize_commits(connection: DBAPIConnection, _record: object) -> None:
-    if isinstance(connection, sqlite3.Connection):
-        # Each commit is on disk before it is acknowledged.
-        connection.execute("PRAGMA synchronous = FULL")
-
-
-@sa.event.listens_for(sa.Engine, "handle_error")
-def _replace_error(context: ExceptionContext) -> None:
-    if not context.is_pre_ping:  # which only asks for another connection
-        raise _database_error(context.original_exception)
-
-
-def _database_error(cause: object) -> StorageError:
-    first_line = str(cause).partition("\n")[0]  # PostgreSQL's others may show the row
-    return StorageError(
-        f"Database error: {first_line}. Check that the database of DATABASE_URL is there, intact,"
-        " writable, not locked, and has disk space."
-    )
-
-
-class DatabaseFile:
-    """The SQLite file under watch: SQLite would go on acknowledging writes to a deleted one."""
-
-    def __init__(self, path: Path) -> None:
-        """Open it for good: to close it would drop the locks that SQLite has on it."""
-        self.path, self.descriptor = path, os.open(path, os.O_RDONLY)
-
-    def check(self) -> None:
-        """Raise StorageError if it is gone or overwritten; switch to the one in its place."""
-        try:
-            if not os.path.samestat(self.path.stat(), os.fstat(self.descriptor)):
-                db.engine.dispose()
-                self.descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise _database_error(f"{self.path}: {error.strerror}") from error
-        if os.pread(self.descriptor, 16, 0) != b"SQLite format 3\0":
-            raise _database_error(f"{self.path}: not an SQLite database")
+        db.engine.dispose()
+    current_app.extensions["database_file"] = database_file = DatabaseFile(path)
+    if context := click.get_current_context(silent=True):
+        context.call_on_close(database_file.close)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder; raise StorageError for an OSError."""
+def storage_errors() -> Iterator[None]:
+    """Raise StorageError for the errors of files and databases."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-            os.fsync(descriptor)  # what was linked or renamed in it
-        finally:
-            os.close(descriptor)
+        yield
     except OSError as error:
-        raise StorageError(f"{error.filename or folder}: {error.strerror}.") from error
+        raise StorageError(describe(error)) from error
+    except (sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
+        # The first line alone: PostgreSQL's others may show the row.
+        cause = str(getattr(error, "orig", error)).partition("\n")[0]
+        raise StorageError(
+            f"Database error: {cause}. Check that the database of DATABASE_URL is there, intact,"
+            " writable, not locked, and has disk space."
+        ) from error
+
+
+def describe(error: OSError) -> str:
+    """Return the fault, the file, and the users who own it and who ask for it."""
+    place = Path(error.filename or "/")
+    while not os.path.lexists(place):
+        place = place.parent
+    users = f"belongs to the user {place.lstat().st_uid}, this process to {os.geteuid()}"
+    return f"{error.filename}: {error.strerror}. {place} {users}."
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    with suppress(OSError):
+        return path.stat()
+    return None
+
+
+class DatabaseFile:
+    """The SQLite file under watch: SQLite would go on writing to files that were removed."""
+
+    def __init__(self, path: Path) -> None:
+        """Open nothing before the first statement."""
+        self._names = [path, Path(f"{path}-wal"), Path(f"{path}-shm")]
+        self._connections: list[sqlite3.Connection] = []
+        self._state: list[tuple[int, int] | None] = []
+
+    def connect(self) -> sqlite3.Connection:
+        """Return the one connection to the files that have the names now."""
+        in_transaction = self._connections and self._connections[0].in_transaction
+        if not in_transaction and self._look() != self._state:
+            self.close()
+            self._open(self._names[0])
+        return self._connections[0]
+
+    def confirm(self) -> None:
+        """Raise OperationalError if a restart would not show what was committed."""
+        state = self._look()
+        if state[:3] != self._state[:3]:
+            raise sqlite3.OperationalError("its files were replaced")
+        self._state = state  # a commit may write to the database itself
+
+    def close(self) -> None:
+        """Close the files, and save what is only in a -wal that was removed."""
+        state = self._look()
+        unchanged = state[::3] == self._state[::3]
+        if unchanged and state[1] != self._state[1]:
+            with suppress(sqlite3.Error, OSError):
+                self._connections[0].execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._names[2].unlink()
+                if self._look()[3] != state[3]:  # or it may be another process's
+                    self._names[1].unlink()
+        # The connection that is closed last writes the -wal into whatever has the name of the
+        # database, unless it is read-only.
+        for connection in self._connections[:: -1 if unchanged else 1]:
+            connection.close()
+        self._connections, self._state = [], []
+
+    def _look(self) -> list[tuple[int, int] | None]:
+        # What has the three names, and the version of the database itself.
+        files = [_stat(name) for name in self._names]
+        identities = [file and (file.st_dev, file.st_ino) for file in files]
+        return [*identities, files[0] and (files[0].st_size, files[0].st_mtime_ns)]
+
+    def _open(self, path: Path) -> None:
+        if not path.is_file() or path.read_bytes()[:16] != b"SQLite format 3\0":
+            raise sqlite3.OperationalError(f"{path}: not an SQLite database")
+        for mode in ("rw", "ro"):
+            uri = f"{path.as_uri()}?mode={mode}"
+            options: dict[str, Any] = {
+                "uri": True,
+                "isolation_level": None,
+                "check_same_thread": False,
+            }
+            connection = sqlite3.connect(uri, **options)
+            self._connections.append(connection)
+            # On disk before the answer. The second statement opens all files.
+            connection.executescript("PRAGMA synchronous = FULL; PRAGMA schema_version")
+        self._state = self._look()
 
 
 @lru_cache
@@ -153,22 +204,41 @@ def _compile_statement(statement: Statement, dialect: sa.Dialect) -> tuple[str, 
 
 
 def execute(statement: Statement, **parameters: object) -> list[Any]:
-    """Return the rows of a statement, run on the one connection of this request or command."""
-    engine = db.engine
-    sql, defaults, row_type = _compile_statement(statement, engine.dialect)
-    try:
-        if "connection" not in g:
-            if database_file := current_app.extensions.get("database_file"):
-                database_file.check()
-            g.connection = engine.raw_connection()
-        # The driver's own cursor: execution by SQLAlchemy costs as much as all the rest.
-        cursor = g.connection.cursor()
-        cursor.execute(sql, defaults | parameters)
-        if cursor.description is None:
-            return []
-        return [*map(row_type._make, cursor.fetchall())]  # to the end: no read is left open
-    except engine.dialect.loaded_dbapi.Error as error:
-        raise _database_error(error) from error
+    """Return the rows of a statement; raise StorageError."""
+    sql, defaults, row_type = _compile_statement(statement, db.engine.dialect)
+    with storage_errors(), lock:
+        # By the driver itself: execution by SQLAlchemy costs as much as all the rest.
+        rows = _connect().execute(sql, defaults | parameters)
+        return [*map(row_type._make, rows)] if row_type._fields else []
+
+
+@contextmanager
+def transaction(patience: float = 1) -> Iterator[None]:
+    """Keep other writers out, after it waited for them these seconds; raise StorageError."""
+    extensions, now = current_app.extensions, monotonic()
+    # Requests that find the database locked wait together, not one after the other.
+    since = extensions.setdefault("locked_since", now)
+    milliseconds = int(max(since + patience - now, 0.025) * 1000)
+    with storage_errors(), lock:
+        connection = _connect()
+        try:
+            for statement in BEGIN[db.engine.dialect.name].format(milliseconds).split(";"):
+                connection.execute(statement)
+            extensions.pop("locked_since", None)
+            yield
+            connection.commit()
+        finally:
+            connection.rollback()  # changes nothing after a commit
+        if database_file := extensions.get("database_file"):
+            database_file.confirm()
+
+
+def _connect() -> Any:  # noqa: ANN401
+    if database_file := current_app.extensions.get("database_file"):
+        return database_file.connect()
+    if "connection" not in g:
+        g.connection = db.engine.raw_connection()
+    return g.connection.driver_connection
 
 
 def _close_connection(_error: BaseException | None) -> None:

@@ -3,15 +3,21 @@
 import os
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from flask import current_app
 
-from database import StorageError, locked
+from database import StorageError, describe, transaction
 
 
 class DecryptionError(StorageError):
-    """A stored API key that no present encryption key decrypts; a client may read the message."""
+    """A stored API key that no present encryption key decrypts."""
+
+    public = (
+        "The stored API key is not readable with the present encryption key. Restore the"
+        " encryption key file, or remove it and set the provider again."
+    )
 
 
 class KeyFile:
@@ -22,27 +28,24 @@ class KeyFile:
 
     @property
     def _path(self) -> Path:
-        path: Path = current_app.config["ENCRYPTION_KEY_FILE"]
-        return path
-
-    def exists(self) -> bool:
-        """Return whether anything has the name of the file, readable or not."""
-        return os.path.lexists(self._path)
+        return Path(current_app.config["ENCRYPTION_KEY_FILE"])
 
     def read(self) -> MultiFernet:
         """Return the cipher of the present keys; raise StorageError."""
+        path = self._path
         try:
-            state = self._path.stat()
+            state = path.stat()
             version = (state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size)
             if version != self.version:
-                keys = self._path.read_bytes().split()
+                if not S_ISREG(state.st_mode):  # a FIFO would block
+                    raise StorageError(f"ENCRYPTION_KEY_FILE must name a regular file, not {path}.")
+                keys = path.read_bytes().split()
                 self.cipher, self.version = MultiFernet([Fernet(key) for key in keys]), version
-        except (OSError, ValueError) as error:
-            cause = error.strerror if isinstance(error, OSError) else "not Fernet keys"
-            raise StorageError(
-                f"Encryption key file {self._path}: {cause}."
-                " Restore it, or remove it and PUT again."
-            ) from error
+        except (FileNotFoundError, ValueError) as error:
+            cause = getattr(error, "strerror", "not Fernet keys")
+            raise DecryptionError(f"{path}: {cause}. {DecryptionError.public}") from error
+        except OSError as error:
+            raise StorageError(f"ENCRYPTION_KEY_FILE: {describe(error)}") from error
         return self.cipher
 
     def encrypt(self, text: str) -> str:
@@ -50,34 +53,46 @@ class KeyFile:
         return self.read().encrypt(text.encode()).decode()
 
     def decrypt(self, token: str) -> str:
-        """Return the text of a token; raise DecryptionError."""
+        """Return the text of a token; raise StorageError."""
         try:
             return self.read().decrypt(token).decode()
-        except (InvalidToken, StorageError) as error:
-            cause = str(error) or f"No key in {self._path} encrypted it."
-            current_app.logger.error("The stored API key is not readable. %s", cause)
-            raise DecryptionError(
-                "The stored API key is not readable with the present encryption key. Restore the"
-                " encryption key file, or remove it and set the provider again."
-            ) from error
+        except InvalidToken as error:
+            cause = f"{self._path}: no key in it encrypted what is stored."
+            raise DecryptionError(f"{cause} {DecryptionError.public}") from error
 
     def create(self) -> None:
-        """Generate the file with one key, over no other file."""
-        with locked(self._path.parent), suppress(FileExistsError):  # another process was first
+        """Generate the file with one key, unless anything has its name."""
+        if os.path.lexists(self._path):
+            return
+        with transaction(), suppress(FileExistsError):  # another process was first
             self._write(Fernet.generate_key() + b"\n")
             current_app.logger.warning("Generated encryption key file %s.", self._path)
 
     def add_key(self) -> None:
         """Put a new key before the others; raise StorageError."""
-        with locked(self._path.parent):  # of two rotations at once, one would lose its key
+        with transaction():  # of two rotations at once, one would lose its key
             self.read()
             keys = Fernet.generate_key() + b"\n" + self._path.read_bytes()
             self._write(keys, replaced=self._path.stat())
 
+    def check(self) -> None:
+        """Remove what a killed rotation left; raise StorageError, or warn of others' access."""
+        leftover = Path(f"{self._path}.new")
+        if leftover.exists():  # or another process is about to rename it
+            with transaction():
+                leftover.unlink(missing_ok=True)
+        if os.path.lexists(self._path):
+            self.read()
+            if self._path.stat().st_mode & 0o026:
+                advice = f"Run: chmod 600 {self._path}"
+                current_app.logger.warning("Others can access the encryption key file. %s", advice)
+
     def _write(self, keys: bytes, replaced: os.stat_result | None = None) -> None:
         # Whole or not at all, and over no other file than the one given.
-        new = self._path.with_name(f"{self._path.name}.new")
+        new, folder = Path(f"{self._path}.new"), os.open(self._path.parent, os.O_RDONLY)
         try:
+            new.touch()
+            new.chmod(0o600)
             with new.open("wb") as file:
                 file.write(keys)
                 file.flush()
@@ -88,7 +103,9 @@ class KeyFile:
                 new.replace(self._path)
             else:
                 os.link(new, self._path)
+            os.fsync(folder)
         finally:
+            os.close(folder)
             new.unlink(missing_ok=True)
 
 

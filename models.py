@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from flask import Flask, current_app
 from sqlalchemy.orm import Mapped, mapped_column
 
-from database import Base, StorageError, db, execute
+from database import Base, StorageError, db, execute, transaction
 from encryption import key_file
 
 
@@ -40,19 +40,15 @@ class Credential(Base):
     def issue(cls, name: str | None) -> str:
         """Store a new credential; return it as api_key:api_secret."""
         key, secret, now = token_hex(16), token_hex(32), utc_now()
-        execute(
-            INSERT_CREDENTIAL,
-            api_key=key,
-            secret_hash=_hash_secret(secret),
-            name=name,
-            created_at=now,
-        )
+        values = {"api_key": key, "secret_hash": _hash_secret(secret), "created_at": now}
+        with transaction():
+            execute(sa.insert(cls), name=name, **values)
         return f"{key}:{secret}"
 
     @classmethod
     def all(cls) -> "list[Credential]":
         """Return every credential, the oldest first."""
-        return [cls(**row._asdict()) for row in execute(SELECT_CREDENTIALS)]
+        return [cls(**row._asdict()) for row in execute(sa.select(cls).order_by(cls.created_at))]
 
     @classmethod
     def verify(cls, api_key: str, api_secret: str) -> bool:
@@ -64,7 +60,8 @@ class Credential(Base):
         now = utc_now("minutes")  # so that not every request writes
         if rows[0].last_used_at != now:
             try:
-                execute(UPDATE_LAST_USE, key=api_key, now=now)
+                with transaction(patience=0):
+                    execute(UPDATE_LAST_USE, key=api_key, now=now)
             except StorageError as error:  # bookkeeping refuses no request
                 current_app.logger.warning("Last use not recorded. %s", error)
         return True
@@ -72,7 +69,9 @@ class Credential(Base):
     @classmethod
     def revoke(cls, api_key: str) -> bool:
         """Delete the credential; return whether there was one."""
-        return bool(execute(DELETE_CREDENTIAL, key=api_key))
+        with transaction():
+            matches = cls.api_key == api_key
+            return bool(execute(sa.delete(cls).where(matches).returning(cls.api_key)))
 
 
 class ProviderConfig(Base):
@@ -82,7 +81,7 @@ class ProviderConfig(Base):
     __table_args__ = (sa.CheckConstraint("id = 1", name="singleton"),)
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    provider: Mapped[str] = mapped_column(sa.String(140))
+    provider: Mapped[str] = mapped_column(sa.String(30))
     api_key_encrypted: Mapped[str]
     updated_at: Mapped[str]
     updated_by: Mapped[str] = mapped_column(sa.String(32))
@@ -101,48 +100,46 @@ class ProviderConfig(Base):
         return cls(**rows[0]._asdict())
 
     @classmethod
+    def check(cls) -> None:
+        """Raise StorageError if what is stored cannot be read."""
+        if config := cls.get():
+            key_file.decrypt(config.api_key_encrypted)
+
+    @classmethod
     def put(cls, provider: str, api_key: str, updated_by: str) -> None:
         """Encrypt the API key and store the configuration, replacing any other."""
-        if not key_file.exists():
-            key_file.create()  # for a lost one: what that encrypted is replaced here
-        execute(
-            _upsert_config(db.engine.dialect.name),
-            id=1,
-            provider=provider,
-            api_key_encrypted=key_file.encrypt(api_key),
-            updated_at=utc_now(),
-            updated_by=updated_by,
-        )
+        key_file.create()  # in the place of a lost one: what that encrypted is replaced here
+        with transaction():
+            execute(
+                _upsert_config(db.engine.dialect.name),
+                id=1,
+                provider=provider,
+                # Not before: a rotation would miss what waits here with an older key.
+                api_key_encrypted=key_file.encrypt(api_key),
+                updated_at=utc_now(),
+                updated_by=updated_by,
+            )
 
     @classmethod
     def clear(cls) -> bool:
         """Delete the configuration; return whether there was one."""
-        return bool(execute(DELETE_CONFIG))
+        with transaction():
+            return bool(execute(DELETE_CONFIG))
 
     @classmethod
     def rotate(cls) -> None:
         """Encrypt the stored API key with a new key; raise DecryptionError."""
         key_file.add_key()
-        while config := cls.get():
-            new = key_file.encrypt(config.api_key)
-            # Unless a PUT has replaced the old ciphertext meanwhile.
-            if execute(UPDATE_API_KEY, old=config.api_key_encrypted, new=new):
-                return
+        with transaction():
+            if config := cls.get():
+                execute(sa.update(cls).values(api_key_encrypted=key_file.encrypt(config.api_key)))
 
 
+# Of a request; those of a command are built where they are used.
 KEY_MATCHES = Credential.api_key == sa.bindparam("key")
-INSERT_CREDENTIAL = sa.insert(Credential)
 SELECT_CREDENTIAL = sa.select(Credential.secret_hash, Credential.last_used_at).where(KEY_MATCHES)
-SELECT_CREDENTIALS = sa.select(Credential).order_by(Credential.created_at)
 UPDATE_LAST_USE = sa.update(Credential).where(KEY_MATCHES).values(last_used_at=sa.bindparam("now"))
-DELETE_CREDENTIAL = sa.delete(Credential).where(KEY_MATCHES).returning(Credential.api_key)
 SELECT_CONFIG = sa.select(ProviderConfig)
-UPDATE_API_KEY = (
-    sa.update(ProviderConfig)
-    .where(ProviderConfig.api_key_encrypted == sa.bindparam("old"))
-    .values(api_key_encrypted=sa.bindparam("new"))
-    .returning(ProviderConfig.id)
-)
 DELETE_CONFIG = sa.delete(ProviderConfig).returning(ProviderConfig.id)
 
 
@@ -157,5 +154,5 @@ def _upsert_config(dialect: str) -> sa.Insert:
 def init_app(app: Flask) -> None:
     """Create the key file, unless something is stored, which a new key could not decrypt."""
     with app.app_context():
-        if ProviderConfig.get() is None and not key_file.exists():
+        if ProviderConfig.get() is None:
             key_file.create()

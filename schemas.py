@@ -1,9 +1,15 @@
 """The wire: the provider configuration and the response envelope."""
 
+import json
 import re
+from collections import Counter
+from typing import Any
 
-from flask import current_app
+from flask import abort, current_app
+from flask.json.provider import DefaultJSONProvider
 from marshmallow import Schema, ValidationError, fields, validate
+
+LENGTH = validate.Length(1, 30, error="Must have 1 to 30 characters. Is a longer one the API key?")
 
 
 def _validate_header_value(value: str) -> None:
@@ -31,7 +37,7 @@ class ProviderSchema(Schema):
     """A provider configuration, as a PUT sets it and a GET shows it."""
 
     provider = fields.String(
-        required=True, validate=[validate.Length(1, 140), _validate_header_value, _validate_allowed]
+        required=True, validate=[LENGTH, _validate_header_value, _validate_allowed]
     )
     api_key = SecretString(
         required=True, validate=[validate.Length(1, 4096), _validate_header_value]
@@ -41,6 +47,34 @@ class ProviderSchema(Schema):
 
 
 provider_schema = ProviderSchema()
+
+
+class JSONProvider(DefaultJSONProvider):
+    """JSON with the fields in their order, and bullets as bullets."""
+
+    ensure_ascii = False
+    sort_keys = False
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Return a JSON object, or abort with status 400; raise ValidationError for its names."""
+    try:
+        value = json.loads(body, object_pairs_hook=_require_unique_names)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        abort(400, f"The body is not JSON: {where}: {error.msg}.")
+    except (ValueError, RecursionError):  # not UTF-8, a number too long, nested too deep
+        value = None
+    if not isinstance(value, dict):
+        abort(400, "The body must be a JSON object.")
+    return value
+
+
+def _require_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = Counter(name for name, _ in pairs)
+    if repeated := {name: ["Given more than once."] for name in counts if counts[name] > 1}:
+        raise ValidationError(repeated)
+    return dict(pairs)
 
 
 def success(data: object) -> dict[str, object]:

@@ -3,10 +3,11 @@
 import fcntl
 import json
 import signal
+import sqlite3
 import tempfile
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from queue import SimpleQueue
@@ -44,6 +45,11 @@ settings.register_profile("long", deadline=None, max_examples=10_000)
 settings.load_profile("suite")
 
 
+def rounds() -> int:
+    """Return how often to repeat what happens at random."""
+    return 200 if settings.get_current_profile_name() == "long" else 10
+
+
 class Answer(NamedTuple):
     """What a server sent back."""
 
@@ -63,7 +69,8 @@ class Server:
         self.reader = Thread(target=self.read_log)
         self.reader.start()
         try:
-            self.port = int(self.wait_for(" on http://127.0.0.1:").split(":")[-1])
+            host, _, port = self.wait_for(" on http://").rstrip().partition("//")[2].rpartition(":")
+            self.host, self.port = host.strip("[]"), int(port)
         except BaseException:
             self.stop(signal.SIGKILL)
             raise
@@ -96,14 +103,16 @@ class Server:
 
     def request(self, method: str, path: str = URL, body: object = None, **headers: str) -> Answer:
         """Send one request on a connection of its own."""
-        client = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        client = HTTPConnection(self.host, self.port, timeout=30)
         try:
             if body is not None:
                 headers = {"Content-Type": "application/json", **headers}
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             client.request(method, path, None if body is None else data, headers)
             response = client.getresponse()
-            return Answer(response.status, json.loads(response.read()), dict(response.headers))
+            content = response.read()
+            document = json.loads(content) if content else None
+            return Answer(response.status, document, dict(response.headers))
         finally:
             client.close()
 
@@ -172,8 +181,11 @@ def environment(monkeypatch: pytest.MonkeyPatch, database_url: str, key_file: Pa
     monkeypatch.setenv("LISTEN", "127.0.0.1:0")
 
 
+StartApp = Callable[[], Flask]
+
+
 @pytest.fixture
-def start_app() -> Iterator[Callable[[], Flask]]:
+def start_app() -> Iterator[StartApp]:
     apps: list[Flask] = []
 
     def start() -> Flask:
@@ -182,12 +194,11 @@ def start_app() -> Iterator[Callable[[], Flask]]:
 
     yield start
     for app in apps:
-        with app.app_context():
-            db.engine.dispose()
+        close_database(app)
 
 
 @pytest.fixture
-def app(start_app: Callable[[], Flask]) -> Flask:
+def app(start_app: StartApp) -> Flask:
     return start_app()
 
 
@@ -269,9 +280,28 @@ def issue_credential(app: Flask) -> str:
     """Issue a credential in this process, and leave the database to others."""
     with app.app_context():
         credential = Credential.issue("test")
+    close_database(app)
+    return credential
+
+
+def close_database(app: Flask) -> None:
+    if database_file := app.extensions.get("database_file"):
+        database_file.close()
     with app.app_context():
         db.engine.dispose()
-    return credential
+
+
+@contextmanager
+def locked(database_url: str) -> Iterator[None]:
+    """Keep others from writing to the tables."""
+    if database_url.startswith("sqlite"):
+        with closing(sqlite3.connect(database_url.removeprefix("sqlite:///"))) as database:
+            database.execute("BEGIN IMMEDIATE")
+            yield
+    else:
+        with psycopg.connect(database_url) as connection:
+            connection.execute("LOCK TABLE provider_config, credential IN EXCLUSIVE MODE")
+            yield
 
 
 def flask(*arguments: str, **settings: str) -> tuple[int, str, str]:
@@ -295,8 +325,7 @@ def failure(error_type: str, message: str, data: object = None) -> dict[str, obj
 
 INTERNAL_ERROR = failure(
     "GeneralException",
-    "The server encountered an internal error and was unable to complete your request."
-    " Either the server is overloaded or there is an error in the application.",
+    "What is stored cannot be read or written. The log of the service names the cause.",
 )
 UNREADABLE = failure(
     "GeneralException",

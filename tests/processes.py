@@ -44,6 +44,10 @@ class Fork:
         with stdout, stderr:
             self.process.start()
 
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid
+
     def poll(self) -> int | None:
         return self.process.exitcode
 
@@ -111,8 +115,13 @@ def start_interpreter(
     *arguments: str | Path, cwd: Path = ROOT, umask: int = -1
 ) -> subprocess.Popen[str]:
     """Start Python with these arguments, in a process that is not forked but new."""
+    return start_program(sys.executable, *arguments, cwd=cwd, umask=umask)
+
+
+def start_program(*command: str | Path, cwd: Path = ROOT, umask: int = -1) -> subprocess.Popen[str]:
+    """Start any program."""
     return subprocess.Popen(
-        [sys.executable, *arguments],
+        command,
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

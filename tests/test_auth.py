@@ -1,16 +1,13 @@
 import re
-import sqlite3
 from base64 import b64encode
 from hashlib import sha256
 
 import pytest
-import sqlalchemy as sa
-from conftest import CONFIG, URL, basic, failure, issue_credential, on_both
+from conftest import CONFIG, URL, Server, basic, failure, issue_credential, on_both
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
 
 import models
-from database import db
 from models import Credential
 
 KEY, SECRET = "k" * 32, "s" * 64
@@ -104,7 +101,7 @@ def test_revoked_credential_is_rejected(
     assert (answer.status_code, answer.json) == (401, UNAUTHORIZED)
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT"])
+@pytest.mark.parametrize("method", ["DELETE", "GET", "HEAD", "PUT"])
 def test_each_method_needs_a_credential(client: FlaskClient, method: str) -> None:
     assert client.open(URL, method=method).status_code == 401
 
@@ -114,10 +111,11 @@ def test_authentication_comes_before_the_body(client: FlaskClient) -> None:
     assert answer.status_code == 401
 
 
-def test_options_needs_no_credential(client: FlaskClient) -> None:
-    answer = client.options(URL)
-    assert answer.status_code == 200
-    assert {*answer.allow} == {"GET", "HEAD", "OPTIONS", "PUT"}
+def test_options_needs_no_credential(server: Server) -> None:
+    status, body, headers = server.request("OPTIONS")
+    assert (status, body) == (204, None)
+    assert {*headers.pop("Allow").split(", ")} == {"DELETE", "GET", "HEAD", "OPTIONS", "PUT"}
+    assert {*headers} == {"Cache-Control", "Connection", "Date", "X-Content-Type-Options"}
 
 
 def test_health_needs_no_credential(client: FlaskClient) -> None:
@@ -157,11 +155,7 @@ def test_not_every_request_writes(
 ) -> None:
     statements: list[str] = []
 
-    def trace(connection: sqlite3.Connection, *_: object) -> None:
-        connection.set_trace_callback(statements.append)
-
-    with app.app_context():
-        sa.event.listen(db.engine, "checkout", trace)
+    app.extensions["database_file"].connect().set_trace_callback(statements.append)
     for _ in range(5):
         client.get(URL, headers=auth_headers)
     verbs = [statement.split()[0] for statement in statements]

@@ -43,8 +43,19 @@ def test_revoke_ends_a_credential(
     runner: FlaskCliRunner, credential: str, client: FlaskClient, auth_headers: dict[str, str]
 ) -> None:
     result = runner.invoke(args=["credentials", "revoke", credential[:32]])
-    assert (result.exit_code, result.output) == (0, "Revoked.\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "Revoked.\n")
     assert client.get(URL, headers=auth_headers).status_code == 401
+
+
+def test_revoke_accepts_the_whole_credential(
+    runner: FlaskCliRunner, credential: str, client: FlaskClient, auth_headers: dict[str, str]
+) -> None:
+    result = runner.invoke(args=["credentials", "revoke", credential])
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "Revoked.\n")
+    assert client.get(URL, headers=auth_headers).status_code == 401
+    result = runner.invoke(args=["credentials", "revoke", credential])
+    assert result.exit_code == 1
+    assert credential[33:] not in result.output
 
 
 @on_both
@@ -90,7 +101,7 @@ def test_clear_removes_the_configuration(
 ) -> None:
     client.put(URL, json=CONFIG, headers=auth_headers)
     result = runner.invoke(args=["provider", "clear"])
-    assert (result.exit_code, result.output) == (0, "Removed.\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "Removed.\n")
     assert client.get(URL, headers=auth_headers).status_code == 404
 
 
@@ -113,4 +124,5 @@ def test_unreadable_api_key_is_an_error(
     key_file.write_bytes(OTHER_ENCRYPTION_KEY)
     result = runner.invoke(args=["provider", "show", *option])
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.endswith(f"Error: {UNREADABLE['message']}\n")
+    cause = f"{key_file}: no key in it encrypted what is stored."
+    assert result.stderr.endswith(f"Error: {cause} {UNREADABLE['message']}\n")

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import resource
 import shutil
 import signal
 import sqlite3
@@ -9,12 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-import psycopg
 import pytest
 from conftest import (
     CONFIG,
@@ -25,16 +25,15 @@ from conftest import (
     URL,
     Server,
     StartServer,
+    close_database,
     create_credential,
+    locked,
     on_both,
+    rounds,
     start_postgresql,
 )
 from flask import Flask
 from flask.testing import FlaskClient
-from hypothesis import settings
-from sqlalchemy import event
-
-from database import db
 
 
 class Write(NamedTuple):
@@ -112,16 +111,13 @@ def assert_nothing_lost(writes: list[Write], server: Server, credential: str) ->
     assert lost_writes(writes, stored) == []
 
 
-ROUNDS = 200 if settings.get_current_profile_name() == "long" else 10
-
-
 @on_both
 def test_killed_server_loses_no_acknowledged_write(
     start_server: StartServer, credential: str, tmp_path: Path, database_url: str
 ) -> None:
     numbers, counts = itertools.count(), random.Random(1)
     server = start_server()
-    for _ in range(ROUNDS):
+    for _ in range(rounds()):
         count = counts.randint(1, 40)
         writes = stop_under_load(server, credential, numbers, count, signal.SIGKILL)
         server = start_server()
@@ -161,19 +157,6 @@ def test_many_clients_write_at_once_without_an_error(
     assert [read_number(server, credential) for server in servers] == [319] * processes
 
 
-@contextmanager
-def locked(database_url: str) -> Iterator[None]:
-    """Keep others from writing to the tables."""
-    if database_url.startswith("sqlite"):
-        with closing(sqlite3.connect(database_url.removeprefix("sqlite:///"))) as database:
-            database.execute("BEGIN IMMEDIATE")
-            yield
-    else:
-        with psycopg.connect(database_url) as connection:
-            connection.execute("LOCK TABLE provider_config, credential IN EXCLUSIVE MODE")
-            yield
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @on_both
 def test_stop_lets_the_request_in_work_be_answered(
@@ -184,8 +167,24 @@ def test_stop_lets_the_request_in_work_be_answered(
             answer = pool.submit(server.put, CONFIG, credential)
             server.wait_for("Last use not recorded")  # it is at work, and waits
             server.process.send_signal(number)
+            server.process.send_signal(signal.SIGTERM)
         assert answer.result().status == 200
         assert server.process.wait(30) == 0
+    assert "Traceback" not in server.stop()
+
+
+@on_both
+def test_waiting_writes_do_not_keep_reads_out(
+    server: Server, credential: str, database_url: str
+) -> None:
+    server.put(CONFIG, credential)
+    with ThreadPoolExecutor(20) as pool, locked(database_url):
+        started = time.monotonic()
+        answers = [pool.submit(server.put, OTHER, credential) for _ in range(20)]
+        assert server.request("GET", "/health").status == 200
+        assert server.get(credential).status == 200
+        assert {answer.result().status for answer in answers} == {500}
+        assert time.monotonic() - started < 10  # 20 waits of one second, one after the other
 
 
 @on_both
@@ -311,24 +310,32 @@ def test_unwritable_database_still_shows_what_is_set(
     pragma: str,
     cause: str,
 ) -> None:
-    def set_pragma(connection: sqlite3.Connection, *_: object) -> None:
-        connection.execute(f"PRAGMA {pragma}")
-
     client.put(URL, json=CONFIG, headers=auth_headers)
     before = client.get(URL, headers=auth_headers).json
-    with app.app_context():
-        db.engine.dispose()
-        event.listen(db.engine, "connect", set_pragma)
+    app.extensions["database_file"].connect().execute(f"PRAGMA {pragma}")
     large = {"provider": "other", "api_key": "x" * 4096}
     answer = client.put(URL, json=large, headers=auth_headers)
     assert (answer.status_code, answer.json) == (500, INTERNAL_ERROR)
     assert caplog.messages[-1] == f"Database error: {cause}. {REMEDY}"
     assert client.get(URL, headers=auth_headers).json == before
     assert client.get("/health").status_code == 200
-    with app.app_context():
-        event.remove(db.engine, "connect", set_pragma)
-        db.engine.dispose()
+    close_database(app)
     assert client.put(URL, json=large, headers=auth_headers).status_code == 200
+
+
+def test_service_recovers_from_failing_writes(server: Server, credential: str) -> None:
+    server.put(CONFIG, credential)
+    before = server.get(credential).body
+    pid = server.process.pid
+    assert pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+    large = {"provider": "other", "api_key": "x" * 4096}
+    assert server.put(large, credential).status == 500
+    assert server.get(credential).body == before
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+    assert server.put(large, credential).status == 200
+    assert "Traceback" not in server.stop()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage"], ids=["gone", "empty", "garbled"])
@@ -342,11 +349,12 @@ def test_lost_key_file_is_an_error_until_it_returns(
     if content is not None:
         key_file.write_bytes(content)
         answer = server.put(OTHER, credential)
-        assert (answer.status, answer.body) == (500, INTERNAL_ERROR)
-    assert server.get(credential).status == 500
+        assert (answer.status, answer.body) == (500, UNREADABLE)
+    answer = server.get(credential)
+    assert (answer.status, answer.body) == (500, UNREADABLE)
     shutil.move(tmp_path / "away", key_file)
     assert server.get(credential).body == before
-    assert f"Encryption key file {key_file}: " in server.stop()
+    assert f"ERROR {key_file}: " in server.stop()
 
 
 @on_both

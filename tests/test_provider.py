@@ -16,7 +16,7 @@ ASCII = "Must be printable ASCII, which a masked key is not."
 TYPE = "Not a valid string."
 MISSING = "Missing data for required field."
 LENGTHS = {
-    "provider": "Length must be between 1 and 140.",
+    "provider": "Must have 1 to 30 characters. Is a longer one the API key?",
     "api_key": "Length must be between 1 and 4096.",
 }
 
@@ -86,7 +86,7 @@ def test_get_before_the_first_put_is_404(client: FlaskClient, auth_headers: dict
 
 
 @pytest.mark.parametrize(
-    "value", ["!", "~", "a b", "p" * 140], ids=["first", "last", "space", "longest"]
+    "value", ["!", "~", "a b", "p" * 30], ids=["first", "last", "space", "longest"]
 )
 @on_both
 def test_boundaries_of_provider_are_accepted(
@@ -193,10 +193,18 @@ def test_change_is_logged_with_provider_and_credential_key_only(
     with caplog.at_level("INFO"):
         client.put(URL, json=CONFIG, headers=auth_headers).close()
     change, access = caplog.messages
-    assert change == f"Provider set to openai by {credential[:32]}"
+    assert change == f"Provider set to 'openai' by {credential[:32]}"
     assert re.fullmatch(
         rf"PUT /api/v1/ai/provider 200 \d+\.\d ms {credential[:32]} 127\.0\.0\.1", access
     )
+
+
+def test_name_of_a_provider_cannot_forge_the_author(
+    client: FlaskClient, auth_headers: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        client.put(URL, json=CONFIG | {"provider": "a by b'c"}, headers=auth_headers)
+    assert caplog.messages[0].startswith('Provider set to "a by b\'c" by ')
 
 
 def test_access_is_logged_on_one_line_without_the_query_string(
@@ -206,6 +214,57 @@ def test_access_is_logged_on_one_line_without_the_query_string(
         client.get("/a%0Ab%FF?secret=1").close()
     (access,) = caplog.messages
     assert re.fullmatch(r"GET /a%0Ab%\S+ 404 \d+\.\d ms - 127\.0\.0\.1", access)
+
+
+@pytest.mark.parametrize("path", ["/" + "a" * 15_000, "/%00" * 5_000, "/\u20ac" * 2_000])
+def test_line_of_the_log_is_bounded(
+    client: FlaskClient, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    with caplog.at_level("INFO"):
+        client.open(path, method="M" * 10_000).close()
+    (access,) = caplog.messages
+    assert len(access) < 300
+
+
+@on_both
+def test_delete_removes_the_configuration(
+    app: Flask, client: FlaskClient, auth_headers: dict[str, str]
+) -> None:
+    client.put(URL, json=CONFIG, headers=auth_headers)
+    answer = client.delete(URL, headers=auth_headers)
+    assert (answer.status_code, answer.json) == (200, {"status": "success", "data": True})
+    assert stored(app) is None
+
+
+@on_both
+def test_delete_of_nothing_is_404(client: FlaskClient, auth_headers: dict[str, str]) -> None:
+    answer = client.delete(URL, headers=auth_headers)
+    assert answer.status_code == 404
+    assert answer.json == failure("NotFoundException", "No provider is set yet.")
+
+
+def test_delete_is_logged_with_its_author(
+    client: FlaskClient,
+    credential: str,
+    auth_headers: dict[str, str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client.put(URL, json=CONFIG, headers=auth_headers)
+    with caplog.at_level("INFO"):
+        client.delete(URL, headers=auth_headers)
+    assert caplog.messages[0] == f"Provider removed by {credential[:32]}"
+
+
+def test_swapped_fields_are_refused_and_the_key_is_not_repeated(
+    app: Flask, client: FlaskClient, auth_headers: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    swapped = {"provider": "sk-SECRET-0123456789-0123456789", "api_key": "openai"}
+    answer = client.put(URL, json=swapped, headers=auth_headers)
+    assert answer.status_code == 400
+    message = "Must have 1 to 30 characters. Is a longer one the API key?"
+    assert answer.json == failure("InputException", f"provider: {message}", {"provider": [message]})
+    assert "SECRET" not in caplog.text
+    assert stored(app) is None
 
 
 @on_both

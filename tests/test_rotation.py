@@ -1,4 +1,5 @@
 import itertools
+import os
 import shutil
 import signal
 import sqlite3
@@ -16,8 +17,11 @@ from conftest import (
     OTHER_ENCRYPTION_KEY,
     URL,
     Server,
+    StartServer,
     flask,
+    locked,
     on_both,
+    rounds,
     stored,
 )
 from flask import Flask
@@ -67,7 +71,7 @@ def test_rotation_without_the_right_key_changes_nothing_stored(
     key_file.write_bytes(OTHER_ENCRYPTION_KEY)
     result = runner.invoke(args=["provider", "rotate-key"])
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "Error: The stored API key is not readable" in result.stderr
+    assert f"Error: {key_file}: no key in it encrypted what is stored." in result.stderr
     key_file.write_bytes(key)
     assert stored(app) == before
 
@@ -160,11 +164,77 @@ def test_rotations_at_once_keep_the_keys_of_all(
     assert client.get(URL, headers=auth_headers).status_code == 200
 
 
+@on_both
+def test_put_that_waits_while_the_key_is_rotated_is_stored_with_the_new_key(
+    server: Server, credential: str, database_url: str, key_file: Path
+) -> None:
+    server.put(CONFIG, credential)
+    for number in range(rounds()):
+        body = {"provider": f"p{number}", "api_key": "k"}
+        with ThreadPoolExecutor(2) as pool:
+            with locked(database_url):
+                put = pool.submit(server.put, body, credential)
+                rotation = pool.submit(flask, "provider", "rotate-key")
+            assert rotation.result()[0] == 0
+            status = put.result().status
+        newest = key_file.read_bytes().split()[0]
+        key_file.write_bytes(newest)
+        shown = server.get(credential)
+        assert shown.status == 200
+        assert status != 200 or shown.body["data"]["provider"] == body["provider"]
+
+
+def test_rotation_of_a_garbled_key_file_changes_nothing(
+    runner: FlaskCliRunner, key_file: Path
+) -> None:
+    key_file.write_bytes(b"garbled")
+    result = runner.invoke(args=["provider", "rotate-key"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"Error: {key_file}: not Fernet keys." in result.stderr
+    assert key_file.read_bytes() == b"garbled"
+
+
+def test_rotation_is_on_disk_with_its_folder(
+    runner: FlaskCliRunner, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        os_fsync(descriptor)
+
+    os_fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert runner.invoke(args=["provider", "rotate-key"]).exit_code == 0
+    assert synced == [key_file.with_name("encryption.key.new"), key_file.parent]
+
+
+def test_copy_of_the_keys_that_a_killed_rotation_left_is_removed_by_the_next(
+    runner: FlaskCliRunner, key_file: Path
+) -> None:
+    leftover = key_file.with_name("encryption.key.new")
+    leftover.write_bytes(key_file.read_bytes())
+    leftover.chmod(0o644)
+    assert runner.invoke(args=["provider", "rotate-key"]).exit_code == 0
+    assert key_file.stat().st_mode == 0o100600
+    assert not leftover.exists()
+
+
+def test_copy_of_the_keys_that_a_killed_rotation_left_is_removed_by_a_start(
+    start_server: StartServer, key_file: Path
+) -> None:
+    start_server().stop()
+    leftover = key_file.with_name("encryption.key.new")
+    leftover.write_bytes(key_file.read_bytes())
+    start_server()
+    assert not leftover.exists()
+
+
 EVERY = 1 if settings.get_current_profile_name() == "long" else 5
 
 
 def test_rotation_killed_at_any_step_leaves_a_readable_configuration(
-    client: FlaskClient, auth_headers: dict[str, str]
+    client: FlaskClient, auth_headers: dict[str, str], key_file: Path
 ) -> None:
     client.put(URL, json=CONFIG, headers=auth_headers)
     for lines in itertools.count(0, EVERY):
@@ -175,3 +245,4 @@ def test_rotation_killed_at_any_step_leaves_a_readable_configuration(
             break
         assert status == -signal.SIGKILL
     assert lines > 30
+    assert {*key_file.parent.glob("encryption*")} == {key_file}

@@ -4,8 +4,9 @@ import re
 import shutil
 import signal
 import socket
-from contextlib import ExitStack
-from http.client import HTTPConnection
+import subprocess
+import sys
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from conftest import (
     failure,
     on_both,
 )
-from processes import ROOT, start_interpreter
+from processes import ROOT, start_interpreter, start_program
 
 SUCCESS = {"status": "success", "data": True}
 
@@ -35,7 +36,7 @@ def test_new_interpreter_serves_both_schemes(start_server: StartServer, credenti
     assert answer.status == 200
     assert answer.body["data"]["api_key"] == "•" * 10 + "wxyz"
     log = server.stop()
-    assert f"INFO Provider set to openai by {credential[:32]}" in log
+    assert f"INFO Provider set to 'openai' by {credential[:32]}" in log
     assert API_KEY not in log
     assert credential[33:] not in log
 
@@ -46,6 +47,17 @@ def test_new_interpreter_ends_without_an_error(start_server: StartServer, number
     server.request("GET", "/health")  # it is at work from here on
     assert "Traceback" not in server.stop(number)
     assert server.process.poll() == 0
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+def test_interrupt_of_the_start_has_no_traceback(delay: float) -> None:
+    process = start_interpreter("app.py")
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(delay)
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate(timeout=30)
+    assert "Traceback" not in log
+    assert process.returncode in {0, -signal.SIGINT}
 
 
 def test_files_are_in_the_instance_folder_from_any_folder(
@@ -77,6 +89,10 @@ def test_files_are_their_owners_alone_whatever_the_umask(
     )
 
 
+def connect(server: Server) -> socket.socket:
+    return socket.create_connection((server.host, server.port), timeout=30)
+
+
 def put_body_of(size: int, running: Running, chunked: bool) -> Answer:
     body = b'{"provider": "openai", "api_key": "k"}'.ljust(size)
     if not chunked:
@@ -101,13 +117,76 @@ def test_longer_body_is_refused(running: Running, chunked: bool) -> None:
     assert answer.body == failure("InputException", "The body must be at most 64 KiB.")
 
 
-def test_body_of_more_than_1_mib_is_refused(server: Server) -> None:
-    client = HTTPConnection("127.0.0.1", server.port, timeout=30)
-    client.putrequest("PUT", URL)
-    client.putheader("Content-Length", str(1024 * 1024 + 1))
-    client.endheaders()
-    assert client.getresponse().status == 413
-    client.close()
+@pytest.mark.parametrize("path", ["/", "/health", URL])
+def test_body_of_more_than_128_kib_is_refused_by_its_length(running: Running, path: str) -> None:
+    with connect(running.server) as connection:
+        connection.sendall(b"PUT %b HTTP/1.1\r\nContent-Length: 131073\r\n\r\n" % path.encode())
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+def test_chunked_body_of_more_than_128_kib_is_refused(running: Running) -> None:
+    with connect(running.server) as connection:
+        connection.sendall(f"PUT {URL} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        connection.sendall(b"1\r\nx\r\n" * (128 * 1024 // 6 + 1))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+def test_header_of_more_than_16_kib_is_refused(running: Running) -> None:
+    assert running.server.request("GET", "/health", Cookie="x" * 16_000).status == 200
+    with connect(running.server) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nCookie: " + b"x" * 17_000)
+        assert connection.recv(65536).startswith(b"HTTP/1.0 431 ")
+
+
+MALFORMED = {
+    "long length": b"GET /health HTTP/1.1\r\nContent-Length: " + b"9" * 5000,
+    "bracket": b"GET http://[x HTTP/1.1",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+}
+
+
+@pytest.mark.parametrize("request_head", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_header_is_answered_without_a_traceback(
+    server: Server, request_head: bytes
+) -> None:
+    with connect(server) as connection:
+        connection.sendall(request_head + b"\r\n\r\n")
+        assert connection.recv(65536).startswith((b"HTTP/1.1 4", b"HTTP/1.0 4"))
+    assert "Traceback" not in server.stop()
+
+
+def test_connections_have_a_limit(server: Server) -> None:
+    pid, answered = server.process.pid, 0
+    with ExitStack() as stack:
+        connections = [stack.enter_context(connect(server)) for _ in range(520)]
+        for connection in connections:
+            connection.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        for connection in connections[:498]:
+            answered += connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        sockets = [link for link in Path(f"/proc/{pid}/fd").iterdir() if is_socket(link)]
+    assert answered == 498
+    assert len(sockets) == 499  # one of them listens; the limit counts a pipe too
+
+
+def is_socket(link: Path) -> bool:
+    return str(link.readlink()).startswith("socket:")
+
+
+def test_two_threads_work(server: Server) -> None:
+    server.request("GET", "/health")
+    assert len([*Path(f"/proc/{server.process.pid}/task").iterdir()]) == 3
+
+
+def test_few_descriptors_are_no_flood_in_the_log(start_server: StartServer) -> None:
+    program = start_program("sh", "-c", f"ulimit -n 64; exec {sys.executable} app.py")
+    server = start_server(program)
+    with ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(connect(server))
+    assert server.request("GET", "/health").status == 200
+    log = server.stop()
+    assert "Traceback" not in log
+    assert len(log.splitlines()) < 20
 
 
 @on_both

@@ -1,10 +1,24 @@
 """What the service says of a setting that it cannot start with: one clear line."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
-from conftest import CONFIG, REMEDY, URL, StartServer, failure, flask
+from conftest import (
+    CONFIG,
+    INTERNAL_ERROR,
+    REMEDY,
+    UNREADABLE,
+    URL,
+    Server,
+    StartApp,
+    StartServer,
+    create_credential,
+    failure,
+    flask,
+)
 from flask import Flask
 from flask.testing import FlaskClient
 from processes import run, serve, start_interpreter
@@ -12,7 +26,11 @@ from processes import run, serve, start_interpreter
 from app import create_app
 from database import StorageError
 
-BAD_DATABASE_URL = "DATABASE_URL must be sqlite:/// and a file's path, or postgresql://."
+BAD_DATABASE_URL = (
+    "DATABASE_URL must be sqlite:/// and a file's path, or postgresql:// and an address, in which"
+    " the special characters of a password are percent-encoded: %40 for @."
+)
+USERS = "belongs to the user 0, this process to 0."
 DATABASE_URLS = {
     "nonsense": BAD_DATABASE_URL,
     "sqlite://": BAD_DATABASE_URL,
@@ -20,7 +38,9 @@ DATABASE_URLS = {
     "sqlite:///:memory:": BAD_DATABASE_URL,
     "sqlite://two/slashes": BAD_DATABASE_URL,
     "oracle://u:SECRET@h/d": BAD_DATABASE_URL,
-    "sqlite:////nowhere/x.db": "/nowhere: No such file or directory.",
+    "postgresql://user:p@SECRET@127.0.0.1:1/db": BAD_DATABASE_URL,
+    "postgresql://user:p@SECRET/x@127.0.0.1:1/db": BAD_DATABASE_URL,
+    "sqlite:////nowhere/x.db": f"/nowhere/x.db: No such file or directory. / {USERS}",
     "postgresql://user:SECRET@127.0.0.1:1/db": (
         'Database error: connection failed: connection to server at "127.0.0.1", port 1'
         f" failed: Connection refused. {REMEDY}"
@@ -33,14 +53,57 @@ def test_bad_database_url_is_one_clear_line(url: str, message: str) -> None:
     assert flask("credentials", "list", DATABASE_URL=url) == (1, "", f"Error: {message}\n")
 
 
-@pytest.mark.parametrize(
-    "listen",
-    ["", "8080", "localhost", "127.0.0.1:", "127.0.0.1:65536", "x:-1", "a b:1"],
-)
-def test_bad_listen_is_one_clear_line(listen: str) -> None:
-    status, output, log = run(serve, LISTEN=listen)
+RULES = {
+    "AI_PROVIDERS": "not be empty",
+    "DATABASE_URL": "not be empty",
+    "ENCRYPTION_KEY_FILE": "not be empty",
+    "LISTEN": "be host:port, as [::1]:8080",
+    "LOG_LEVEL": "be one of: DEBUG, INFO, WARNING, ERROR",
+    "TRUSTED_PROXY": "be an IP address, as 127.0.0.1",
+}
+BAD_SETTINGS = [
+    *[
+        ("LISTEN", value)
+        for value in (
+            "8080",
+            "localhost",
+            "127.0.0.1:",
+            "x:-1",
+            "a b:1",
+            "::1:8080",
+            "127.0.0.1:65536",
+        )
+    ],
+    *[("LOG_LEVEL", value) for value in ("LOUD", "info", "WARNING ")],
+    *[
+        ("TRUSTED_PROXY", value)
+        for value in ("localhost", "nginx", "10.0.0.0/8", "*", "127.0.0.1:80")
+    ],
+    *[(name, "") for name in RULES],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_SETTINGS)
+def test_bad_setting_is_one_clear_line(name: str, value: str) -> None:
+    assert run(serve, **{name: value}) == (1, "", f"Error: {name} must {RULES[name]}.\n")
+
+
+def test_name_that_is_not_resolved_is_one_clear_line() -> None:
+    status, output, log = run(serve, LISTEN="nowhere.invalid:80")
     assert (status, output) == (1, "")
-    assert log.splitlines()[-1] == "Error: LISTEN must be host:port."
+    assert log.splitlines()[-1].startswith("Error: Cannot listen on LISTEN=nowhere.invalid:80: ")
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("level", ["DEBUG", "INFO", "WARNING", "ERROR"])
+def test_level_of_the_log_is_accepted(level: str) -> None:
+    assert flask("credentials", "list", LOG_LEVEL=level)[0] == 0
+
+
+def test_address_that_is_printed_is_served(start_server: StartServer) -> None:
+    server = start_server(LISTEN="[::1]:0")
+    assert server.host == "::1"
+    assert server.request("GET", "/health").status == 200
 
 
 def test_port_taken_is_one_clear_line(start_server: StartServer) -> None:
@@ -58,11 +121,61 @@ def test_unusable_key_file_is_one_clear_line(key_file: Path, content: bytes) -> 
     status, output, log = run(serve)
     assert (status, output) == (1, "")
     assert "Traceback" not in log
-    assert log.endswith(
-        f"\nError: Encryption key file {key_file}: not Fernet keys. Restore it, or remove it and"
-        " PUT again.\n"
-    )
+    assert log.endswith(f"\nError: {key_file}: not Fernet keys. {UNREADABLE['message']}\n")
     assert key_file.read_bytes() == content
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+KINDS = {loop: "Too many levels", os.mkfifo: "must name a regular file", Path.mkdir: "must name"}
+
+
+@pytest.mark.parametrize(("make", "rule"), KINDS.items(), ids=["loop", "FIFO", "folder"])
+def test_key_file_of_another_kind_is_one_clear_line(
+    key_file: Path, make: Callable[[Path], object], rule: str
+) -> None:
+    make(key_file)
+    status, output, log = run(serve)
+    assert (status, output) == (1, "")
+    line = log.splitlines()[-1]
+    assert line.startswith("Error: ENCRYPTION_KEY_FILE")
+    assert rule in line
+    assert "Traceback" not in log
+    assert "remove" not in log
+    assert os.path.lexists(key_file)
+
+
+def test_key_file_that_becomes_a_fifo_does_not_block_the_service(
+    server: Server, credential: str, key_file: Path
+) -> None:
+    server.put(CONFIG, credential)
+    key_file.rename(key_file.with_name("away"))
+    os.mkfifo(key_file)
+    answer = server.get(credential)
+    assert (answer.status, answer.body) == (500, INTERNAL_ERROR)
+    key_file.with_name("away").replace(key_file)
+    assert server.get(credential).status == 200
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o620, 0o602, 0o644, 0o666])
+def test_key_file_that_others_can_access_is_a_warning(
+    start_server: StartServer, key_file: Path, mode: int
+) -> None:
+    start_server().stop()
+    key_file.chmod(mode)
+    log = start_server().stop()
+    assert f"WARNING Others can access the encryption key file. Run: chmod 600 {key_file}\n" in log
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640])
+def test_key_file_that_others_cannot_access_is_no_warning(
+    start_server: StartServer, key_file: Path, mode: int
+) -> None:
+    start_server().stop()
+    key_file.chmod(mode)
+    assert "WARNING" not in start_server().stop()
 
 
 def test_missing_driver_for_postgresql_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,11 +187,6 @@ def test_missing_driver_for_postgresql_is_one_clear_line(monkeypatch: pytest.Mon
         "Error: PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'\n",
     )
     assert process.returncode == 1
-
-
-def test_bad_log_level_is_one_clear_line() -> None:
-    status, _, log = flask("credentials", "list", LOG_LEVEL="LOUD")
-    assert (status, log) == (1, "Error: LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR.\n")
 
 
 def test_log_level_hides_what_is_below_it() -> None:
@@ -93,14 +201,69 @@ def test_folder_that_cannot_be_created_is_one_clear_line(
     instance.symlink_to("missing/folder")
     monkeypatch.setattr("app.INSTANCE", instance)
     monkeypatch.delenv("DATABASE_URL")
-    with pytest.raises(StorageError, match=f"^{instance}: File exists.$"):
+    with pytest.raises(StorageError, match=f"^{instance}/ai-provider.db: No such file or"):
         create_app()
+
+
+def test_default_address_is_local(monkeypatch: pytest.MonkeyPatch, start_app: StartApp) -> None:
+    monkeypatch.delenv("LISTEN")
+    assert start_app().config["LISTEN"] == "127.0.0.1:8080"
+
+
+def test_folder_of_the_key_file_is_created(
+    monkeypatch: pytest.MonkeyPatch, start_app: StartApp, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("app.INSTANCE", tmp_path / "instance")
+    monkeypatch.delenv("ENCRYPTION_KEY_FILE")
+    start_app()
+    assert (tmp_path / "instance").stat().st_mode == 0o40700
+    assert (tmp_path / "instance" / "encryption.key").exists()
+
+
+def serve_as_nobody() -> None:
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    serve()
+
+
+@pytest.mark.parametrize("name", ["ai-provider.db", "encryption.key", ""])
+def test_file_or_folder_without_permission_names_its_owner(name: str) -> None:
+    with TemporaryDirectory() as folder:
+        settings = {
+            "DATABASE_URL": f"sqlite:///{folder}/ai-provider.db",
+            "ENCRYPTION_KEY_FILE": f"{folder}/encryption.key",
+        }
+        create_credential(**settings)
+        Path(folder).chmod(0o777)
+        (Path(folder) / "ai-provider.db").chmod(0o666)
+        (Path(folder) / "encryption.key").chmod(0o666)
+        (Path(folder) / name).chmod(0o555 if name == "" else 0o400)
+        status, output, log = run(serve_as_nobody, **settings)
+        Path(folder).chmod(0o700)
+    place = f"{folder}/{name}".rstrip("/")
+    assert (status, output) == (1, "")
+    assert f"{place} belongs to the user {os.geteuid()}, this process to " in log.splitlines()[-1]
+    assert "remove" not in log
+    assert "Traceback" not in log
 
 
 def test_trusted_proxy_passes_on_the_address_of_the_client(start_server: StartServer) -> None:
     server = start_server(TRUSTED_PROXY="127.0.0.1")
     server.request("GET", "/health", **{"X-Forwarded-For": "203.0.113.7"})
     assert server.stop().splitlines()[-1].endswith(" ms - 203.0.113.7")
+
+
+FORGED = ["a" * 5000, "1.2.3.4 ERROR forged", "nginx", "1.2.3.4:ERROR", "[::1", "\u20ac"]
+
+
+@pytest.mark.parametrize("forged", FORGED, ids=range(len(FORGED)))
+def test_trusted_proxy_cannot_forge_the_log(start_server: StartServer, forged: str) -> None:
+    server = start_server(TRUSTED_PROXY="127.0.0.1")
+    server.request("GET", **{"X-Forwarded-For": forged.encode().decode("latin-1")})
+    log = server.stop()
+    assert forged[:20] not in log
+    assert max(map(len, log.splitlines())) < 300
+    assert "Traceback" not in log
 
 
 def test_other_proxy_is_itself_the_client(start_server: StartServer) -> None:
@@ -110,7 +273,7 @@ def test_other_proxy_is_itself_the_client(start_server: StartServer) -> None:
 
 
 @pytest.fixture
-def restricted(app: Flask, start_app: Callable[[], Flask], monkeypatch: pytest.MonkeyPatch) -> None:
+def restricted(app: Flask, start_app: StartApp, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the allowed names of providers."""
     monkeypatch.setenv("AI_PROVIDERS", " openai, my own ,anthropic,")
     app.config["AI_PROVIDERS"] = start_app().config["AI_PROVIDERS"]

@@ -1,19 +1,21 @@
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from conftest import (
     CONFIG,
+    INTERNAL_ERROR,
     OTHER_ENCRYPTION_KEY,
     REMEDY,
     UNREADABLE,
     URL,
     StartServer,
     create_credential,
-    failure,
     on_both,
 )
 from flask import Flask
@@ -26,8 +28,8 @@ from models import Credential, ProviderConfig
 
 @pytest.mark.parametrize(("pragma", "value"), [("journal_mode", "wal"), ("synchronous", 2)])
 def test_commits_are_on_disk_when_acknowledged(app: Flask, pragma: str, value: object) -> None:
-    with app.app_context(), db.engine.connect() as connection:
-        assert connection.exec_driver_sql(f"PRAGMA {pragma}").scalar() == value
+    connection = app.extensions["database_file"].connect()
+    assert connection.execute(f"PRAGMA {pragma}").fetchone() == (value,)
 
 
 @pytest.mark.parametrize("second", [0, 1, 2])
@@ -146,5 +148,54 @@ def test_database_failure_is_500_never_401(
 def test_database_failure_is_a_503_of_health(app: Flask, client: FlaskClient) -> None:
     drop_tables(app)
     answer = client.get("/health")
-    assert answer.status_code == 503
-    assert answer.json == failure("GeneralException", "The database does not answer.")
+    assert (answer.status_code, answer.json) == (503, INTERNAL_ERROR)
+
+
+@on_both
+def test_unreadable_key_is_a_503_of_health_until_a_put(
+    client: FlaskClient, auth_headers: dict[str, str], key_file: Path
+) -> None:
+    client.put(URL, json=CONFIG, headers=auth_headers)
+    key_file.unlink()
+    answer = client.get("/health")
+    assert (answer.status_code, answer.json) == (503, UNREADABLE)
+    client.put(URL, json=CONFIG, headers=auth_headers)
+    assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("content", [None, OTHER_ENCRYPTION_KEY], ids=["gone", "other"])
+@on_both
+def test_unreadable_key_is_an_error_in_the_log_of_the_start(
+    start_server: StartServer, credential: str, key_file: Path, content: bytes | None
+) -> None:
+    server = start_server()
+    server.put(CONFIG, credential)
+    server.stop()
+    key_file.unlink()
+    if content:
+        key_file.write_bytes(content)
+    server = start_server()
+    assert server.request("GET", "/health").status == 503
+    error = re.escape(f" ERROR {key_file}: ") + ".*" + re.escape(str(UNREADABLE["message"]))
+    assert re.search(error, server.stop())
+
+
+def test_created_files_are_logged_once(start_server: StartServer, key_file: Path) -> None:
+    created = [
+        f"WARNING Created database {key_file.with_name('ai-provider.db')}.",
+        f"WARNING Generated encryption key file {key_file}.",
+    ]
+    log = start_server().stop()
+    assert [log.count(line) for line in created] == [1, 1]
+    log = start_server().stop()
+    assert [log.count(line) for line in created] == [0, 0]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_postgresql_acknowledges_only_what_is_on_disk(app: Flask, database_url: str) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("ALTER ROLE ALL SET synchronous_commit = off")
+    setting = sa.select(sa.func.current_setting("synchronous_commit").label("value"))
+    with app.app_context():
+        db.engine.dispose()
+        assert execute(setting) == [("on",)]

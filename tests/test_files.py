@@ -1,0 +1,162 @@
+"""What is acknowledged is in the files that a restart finds, whoever touches them meanwhile."""
+
+import random
+import shutil
+import signal
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from conftest import CONFIG, OTHER, Server, StartServer, rounds
+
+FILES = ["", "-wal", "-shm"]
+Fault = Callable[[Path], object]
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+def moved_away(path: Path) -> None:
+    path.rename(path.with_name("away"))
+
+
+def replaced_by_a_folder(path: Path) -> None:
+    path.rename(path.with_name("away"))
+    path.mkdir()
+
+
+def replaced_by_garbage(path: Path) -> None:
+    path.rename(path.with_name("away"))
+    path.write_bytes(b"garbage" * 2000)
+
+
+def replaced_by_a_copy(path: Path) -> None:
+    copy = path.with_name("copy")
+    shutil.copy(path, copy)
+    copy.replace(path)
+
+
+FAULTS = [removed, moved_away, replaced_by_a_folder, replaced_by_garbage, replaced_by_a_copy]
+
+
+def undo(path: Path) -> None:
+    """Put back what was moved away."""
+    away = path.with_name("away")
+    if away.exists() and path.is_dir():
+        path.rmdir()
+    if away.exists():
+        away.replace(path)
+
+
+@pytest.mark.parametrize("suffix", FILES, ids=["database", "wal", "shm"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_write_is_acknowledged_only_if_a_restart_shows_it(
+    start_server: StartServer, credential: str, tmp_path: Path, suffix: str, fault: Fault
+) -> None:
+    server = start_server()
+    assert server.put(CONFIG, credential).status == 200
+    path = tmp_path / f"ai-provider.db{suffix}"
+    fault(path)
+    answer = server.put(OTHER, credential)
+    assert "Traceback" not in server.stop(signal.SIGKILL)
+    if answer.status == 200:
+        if path.is_dir():
+            path.rmdir()
+    else:
+        assert answer.body["error_type"] == "GeneralException"
+        undo(path)
+    if answer.status == 200 or suffix or (tmp_path / "ai-provider.db").exists():
+        expected = "other" if answer.status == 200 else "openai"
+        shown = start_server().get(credential)
+        assert shown.body["data"]["provider"] == expected
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("suffix", FILES, ids=["database", "wal", "shm"])
+def test_service_recovers_without_a_restart(
+    server: Server, credential: str, tmp_path: Path, suffix: str, fault: Fault
+) -> None:
+    server.put(CONFIG, credential)
+    path = tmp_path / f"ai-provider.db{suffix}"
+    shutil.copy(path, tmp_path / "kept")
+    fault(path)
+    server.put(OTHER, credential)
+    if path.is_dir():
+        path.rmdir()
+    undo(path)
+    if not suffix and not path.exists():
+        (tmp_path / "kept").rename(path)
+    assert server.put(OTHER, credential).status in {200, 401}
+    assert server.request("GET", "/health").status == 200
+    assert "Traceback" not in server.stop()
+
+
+def overwrite(database: Path, content: bytes) -> None:
+    """Do what the restoration of version 1.0 did, but without a stop."""
+    for suffix in ("-wal", "-shm"):
+        database.with_name(database.name + suffix).unlink(missing_ok=True)
+    database.write_bytes(content)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_file_copied_over_the_database_is_not_undone(
+    start_server: StartServer, credential: str, tmp_path: Path, number: int
+) -> None:
+    server = start_server()
+    server.put(CONFIG, credential)
+    server.stop()
+    content = (tmp_path / "ai-provider.db").read_bytes()
+    server = start_server()
+    server.put(OTHER, credential)
+    overwrite(tmp_path / "ai-provider.db", content)
+    server.stop(number)
+    shown = start_server().get(credential)
+    assert shown.body["data"]["provider"] == "openai"
+
+
+def test_file_copied_over_the_database_is_served_at_once(
+    server: Server, credential: str, tmp_path: Path
+) -> None:
+    server.put(CONFIG, credential)
+    with closing(sqlite3.connect(tmp_path / "ai-provider.db")) as database:
+        database.execute("VACUUM INTO ?", [str(tmp_path / "backup")])
+    server.put(OTHER, credential)
+    overwrite(tmp_path / "ai-provider.db", (tmp_path / "backup").read_bytes())
+    shown = server.get(credential)
+    assert shown.body["data"]["provider"] == "openai"
+
+
+def test_replaced_files_are_closed(server: Server, credential: str, tmp_path: Path) -> None:
+    def descriptors() -> int:
+        return len([*Path(f"/proc/{server.process.pid}/fd").iterdir()])
+
+    server.put(CONFIG, credential)
+    before = descriptors()
+    for suffix in FILES * 5:
+        replaced_by_a_copy(tmp_path / f"ai-provider.db{suffix}")
+        server.put(CONFIG, credential)
+    assert descriptors() <= before
+
+
+def test_removed_files_at_random_lose_no_acknowledged_write(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    seed = random.Random(3)
+    server = start_server()
+    for number in range(rounds()):
+        acknowledged = None
+        for attempt in range(seed.randint(1, 5)):
+            if seed.random() < 0.5:
+                suffix = seed.choice(["-wal", "-shm"])
+                (tmp_path / f"ai-provider.db{suffix}").unlink(missing_ok=True)
+            body = {"provider": f"p{number}-{attempt}", "api_key": "k"}
+            if server.put(body, credential).status == 200:
+                acknowledged = body["provider"]
+        server.stop(signal.SIGKILL)
+        server = start_server()
+        if acknowledged:
+            shown = server.get(credential).body["data"]["provider"]
+            assert shown == acknowledged
