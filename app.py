@@ -195,7 +195,8 @@ def _read_settings() -> dict[str, Any]:
     names = settings["AI_PROVIDERS"].split(",")
     settings["AI_PROVIDERS"] = [name.strip() for name in names if name.strip()]
     # What a link names, a rotation replaces.
-    settings["ENCRYPTION_KEY_FILE"] = os.path.realpath(INSTANCE / settings["ENCRYPTION_KEY_FILE"])
+    key_file_path = os.path.realpath(INSTANCE / settings["ENCRYPTION_KEY_FILE"])
+    settings["ENCRYPTION_KEY_FILE"] = Path(key_file_path)
     return settings | database.engine_settings(settings["DATABASE_URL"], INSTANCE)
 
 

@@ -5,12 +5,12 @@ import os
 import sqlite3
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryFile
-from threading import RLock
-from time import monotonic
+from threading import Lock, RLock
+from time import monotonic, time_ns
 from typing import Any
 
 import click
@@ -35,12 +35,11 @@ class Base(DeclarativeBase):
 OPTIONS = {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None, "pool_pre_ping": True}
 db = SQLAlchemy(model_class=Base, engine_options=OPTIONS)
 
-# How a transaction keeps other writers out, and how long it waits for them.
+# How a transaction keeps other writers out; each waits for 25 ms.
 BEGIN = {
-    "sqlite": "PRAGMA busy_timeout = {}; BEGIN IMMEDIATE",
-    "postgresql": "BEGIN; SET LOCAL lock_timeout = {}; LOCK provider_config IN EXCLUSIVE MODE",
+    "sqlite": "BEGIN IMMEDIATE",
+    "postgresql": "BEGIN; SET LOCAL lock_timeout = 25; LOCK provider_config IN EXCLUSIVE MODE",
 }
-lock = RLock()  # the statements of a process run one by one
 
 
 def engine_settings(database_url: str, folder: Path) -> dict[str, Any]:
@@ -107,15 +106,23 @@ def storage_errors() -> Iterator[None]:
     """Raise StorageError for the errors of files and databases."""
     try:
         yield
-    except OSError as error:
-        raise StorageError(describe(error)) from error
-    except (sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
-        # The first line alone: PostgreSQL's others may show the row.
-        cause = str(getattr(error, "orig", error)).partition("\n")[0]
-        raise StorageError(
-            f"Database error: {cause}. Check that the database of DATABASE_URL is there, intact,"
-            " writable, not locked, and has disk space."
-        ) from error
+    except _errors() as error:
+        raise _storage_error(error) from error
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    return OSError, sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error
+
+
+def _storage_error(error: Exception) -> StorageError:
+    if isinstance(error, OSError):
+        return StorageError(describe(error))
+    # The first line alone: PostgreSQL's others may show the row.
+    cause = str(getattr(error, "orig", error)).partition("\n")[0]
+    return StorageError(
+        f"Database error: {cause}. Check that the database of DATABASE_URL is there, intact,"
+        " writable, not locked, and has disk space."
+    )
 
 
 def describe(error: OSError) -> str:
@@ -127,10 +134,12 @@ def describe(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}. {place} {users}."
 
 
-def _stat(path: Path) -> os.stat_result | None:
-    with suppress(OSError):
-        return path.stat()
-    return None
+def _stat(path: str) -> tuple[int, int]:
+    try:
+        file = os.stat(path)  # noqa: PTH116 (a Path takes longer, and each request waits for it)
+    except OSError:
+        return 0, 0
+    return file.st_ino, file.st_mtime_ns
 
 
 class DatabaseFile:
@@ -138,62 +147,79 @@ class DatabaseFile:
 
     def __init__(self, path: Path) -> None:
         """Open nothing before the first statement."""
-        self._names = [path, Path(f"{path}-wal"), Path(f"{path}-shm")]
+        self._path, self._folder = path, str(path.parent)
+        self._names = [str(path), f"{path}-wal", f"{path}-shm"]
         self._connections: list[sqlite3.Connection] = []
-        self._state: list[tuple[int, int] | None] = []
+        self._reading, self.writing = Lock(), RLock()
+        self._opened: list[int] = []
+        self._written = self._folder_changed = 0
 
-    def connect(self) -> sqlite3.Connection:
-        """Return the one connection to the files that have the names now."""
-        in_transaction = self._connections and self._connections[0].in_transaction
-        if not in_transaction and self._look() != self._state:
-            self.close()
-            self._open(self._names[0])
+    def look(self) -> "DatabaseFile":
+        """Return itself, with connections to the files that have the names now."""
+        if _stat(self._names[0])[1] != self._written or not self._in_place():
+            with self.writing, self._reading:
+                self.close()
+                self._open()
+        return self
+
+    def execute(self, sql: str, parameters: dict[str, Any]) -> list[Any]:
+        """Return the rows of a statement that reads, also while another one writes."""
+        with self._reading:
+            return self._connections[1].execute(sql, parameters).fetchall()
+
+    @property
+    def writer(self) -> sqlite3.Connection:
+        """The connection of a transaction."""
         return self._connections[0]
 
     def confirm(self) -> None:
         """Raise OperationalError if a restart would not show what was committed."""
-        state = self._look()
-        if state[:3] != self._state[:3]:
+        if not self._in_place():
             raise sqlite3.OperationalError("its files were replaced")
-        self._state = state  # a commit may write to the database itself
+        self._written = _stat(self._names[0])[1]  # a commit may write to the database itself
 
     def close(self) -> None:
         """Close the files, and save what is only in a -wal that was removed."""
-        state = self._look()
-        unchanged = state[::3] == self._state[::3]
-        if unchanged and state[1] != self._state[1]:
+        inode, written = _stat(self._names[0])
+        unchanged = [inode] == self._opened[:1] and written == self._written
+        if unchanged and self._inodes()[1] != self._opened[1]:
             with suppress(sqlite3.Error, OSError):
                 self._connections[0].execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                self._names[2].unlink()
-                if self._look()[3] != state[3]:  # or it may be another process's
-                    self._names[1].unlink()
+                Path(self._names[2]).unlink()
+                if _stat(self._names[0])[1] != written:  # or it may be another process's
+                    Path(self._names[1]).unlink()
         # The connection that is closed last writes the -wal into whatever has the name of the
         # database, unless it is read-only.
         for connection in self._connections[:: -1 if unchanged else 1]:
             connection.close()
-        self._connections, self._state = [], []
+        self._connections, self._opened, self._folder_changed = [], [], 0
 
-    def _look(self) -> list[tuple[int, int] | None]:
-        # What has the three names, and the version of the database itself.
-        files = [_stat(name) for name in self._names]
-        identities = [file and (file.st_dev, file.st_ino) for file in files]
-        return [*identities, files[0] and (files[0].st_size, files[0].st_mtime_ns)]
-
-    def _open(self, path: Path) -> None:
-        if not path.is_file() or path.read_bytes()[:16] != b"SQLite format 3\0":
-            raise sqlite3.OperationalError(f"{path}: not an SQLite database")
+    def _open(self) -> None:
+        if not self._path.is_file() or self._path.read_bytes()[:16] != b"SQLite format 3\0":
+            raise sqlite3.OperationalError(f"{self._path}: not an SQLite database")
         for mode in ("rw", "ro"):
-            uri = f"{path.as_uri()}?mode={mode}"
-            options: dict[str, Any] = {
-                "uri": True,
-                "isolation_level": None,
-                "check_same_thread": False,
-            }
-            connection = sqlite3.connect(uri, **options)
+            uri = f"{self._path.as_uri()}?mode={mode}"
+            connection = sqlite3.connect(
+                uri, timeout=0.025, isolation_level=None, check_same_thread=False, uri=True
+            )
             self._connections.append(connection)
             # On disk before the answer. The second statement opens all files.
             connection.executescript("PRAGMA synchronous = FULL; PRAGMA schema_version")
-        self._state = self._look()
+        self._opened, self._written = self._inodes(), _stat(self._names[0])[1]
+
+    def _inodes(self) -> list[int]:
+        return [_stat(name)[0] for name in self._names]
+
+    def _in_place(self) -> bool:
+        # Whoever gives a name to another file changes the folder. To look at it alone is cheaper:
+        # after a stat of the -wal, Linux takes 60 µs longer for the next commit.
+        changed = _stat(self._folder)[1]
+        if changed != self._folder_changed:
+            if self._inodes() != self._opened:
+                return False
+            if time_ns() - changed > 1e9:  # or another change could have the same time
+                self._folder_changed = changed
+        return True
 
 
 @lru_cache
@@ -206,10 +232,12 @@ def _compile_statement(statement: Statement, dialect: sa.Dialect) -> tuple[str, 
 def execute(statement: Statement, **parameters: object) -> list[Any]:
     """Return the rows of a statement; raise StorageError."""
     sql, defaults, row_type = _compile_statement(statement, db.engine.dialect)
-    with storage_errors(), lock:
+    try:
         # By the driver itself: execution by SQLAlchemy costs as much as all the rest.
         rows = _connect().execute(sql, defaults | parameters)
         return [*map(row_type._make, rows)] if row_type._fields else []
+    except _errors() as error:
+        raise _storage_error(error) from error
 
 
 @contextmanager
@@ -217,30 +245,46 @@ def transaction(patience: float = 1) -> Iterator[None]:
     """Keep other writers out, after it waited for them these seconds; raise StorageError."""
     extensions, now = current_app.extensions, monotonic()
     # Requests that find the database locked wait together, not one after the other.
-    since = extensions.setdefault("locked_since", now)
-    milliseconds = int(max(since + patience - now, 0.025) * 1000)
-    with storage_errors(), lock:
-        connection = _connect()
+    deadline = extensions.setdefault("locked_since", now) + patience
+    database_file = extensions.get("database_file")
+    with storage_errors(), database_file.writing if database_file else nullcontext():
+        reader = _connect()
+        g.connection = database_file.writer if database_file else reader
         try:
-            for statement in BEGIN[db.engine.dialect.name].format(milliseconds).split(";"):
-                connection.execute(statement)
+            _begin(g.connection, deadline)
             extensions.pop("locked_since", None)
             yield
-            connection.commit()
+            g.connection.commit()
         finally:
-            connection.rollback()  # changes nothing after a commit
-        if database_file := extensions.get("database_file"):
+            g.connection.rollback()  # changes nothing after a commit
+            g.connection = reader
+        if database_file:
             database_file.confirm()
 
 
+def _begin(connection: Any, deadline: float) -> None:  # noqa: ANN401
+    while True:
+        try:
+            connection.execute(BEGIN[db.engine.dialect.name])
+        except db.engine.dialect.loaded_dbapi.Error as error:
+            is_lock = (
+                str(error) == "database is locked" or getattr(error, "sqlstate", "") == "55P03"
+            )
+            if not is_lock or monotonic() > deadline:
+                raise
+            connection.rollback()
+        else:
+            return
+
+
 def _connect() -> Any:  # noqa: ANN401
-    if database_file := current_app.extensions.get("database_file"):
-        return database_file.connect()
+    # One for a request or command: psycopg's, or SQLite's, whose files are looked at once.
     if "connection" not in g:
-        g.connection = db.engine.raw_connection()
-    return g.connection.driver_connection
+        database_file = current_app.extensions.get("database_file")
+        g.connection = database_file.look() if database_file else db.engine.raw_connection()
+    return g.connection
 
 
 def _close_connection(_error: BaseException | None) -> None:
-    if connection := g.pop("connection", None):
-        connection.close()
+    if "database_file" not in current_app.extensions and "connection" in g:
+        g.connection.close()

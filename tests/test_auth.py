@@ -155,7 +155,8 @@ def test_not_every_request_writes(
 ) -> None:
     statements: list[str] = []
 
-    app.extensions["database_file"].connect().set_trace_callback(statements.append)
+    for connection in app.extensions["database_file"].look()._connections:
+        connection.set_trace_callback(statements.append)
     for _ in range(5):
         client.get(URL, headers=auth_headers)
     verbs = [statement.split()[0] for statement in statements]

@@ -8,7 +8,7 @@ from conftest import API_KEY, CONFIG, URL, basic, failure, issue_credential, on_
 from flask import Flask
 from flask.testing import FlaskClient
 
-from database import execute
+from database import execute, transaction
 from models import ProviderConfig, utc_now
 
 SPACE = "Must not begin or end with whitespace or a line break."
@@ -272,7 +272,7 @@ def test_replacement_has_its_own_time_and_author(
     app: Flask, client: FlaskClient, auth_headers: dict[str, str]
 ) -> None:
     client.put(URL, json=CONFIG, headers=auth_headers)
-    with app.app_context():
+    with app.app_context(), transaction():
         execute(sa.update(ProviderConfig).values(updated_at="2001"))
     other, now = issue_credential(app), utc_now()
     client.put(URL, json=CONFIG, headers={"Authorization": basic(other)})

@@ -22,13 +22,13 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 import encryption
-from database import StorageError, db, execute
+from database import StorageError, db, execute, transaction
 from models import Credential, ProviderConfig
 
 
 @pytest.mark.parametrize(("pragma", "value"), [("journal_mode", "wal"), ("synchronous", 2)])
 def test_commits_are_on_disk_when_acknowledged(app: Flask, pragma: str, value: object) -> None:
-    connection = app.extensions["database_file"].connect()
+    connection = app.extensions["database_file"].look().writer
     assert connection.execute(f"PRAGMA {pragma}").fetchone() == (value,)
 
 
@@ -38,8 +38,9 @@ def test_table_refuses_a_second_configuration(app: Flask, second: int) -> None:
     insert = sa.insert(ProviderConfig)
     row = {"provider": "p", "api_key_encrypted": "k", "updated_at": "t", "updated_by": "b"}
     with app.app_context():
-        execute(insert, id=1, **row)
-        with pytest.raises(StorageError, match="constraint"):
+        with transaction():
+            execute(insert, id=1, **row)
+        with transaction(), pytest.raises(StorageError, match="constraint"):
             execute(insert, id=second, **row)
 
 
