@@ -192,20 +192,21 @@ class DatabaseFile:
         # database, unless it is read-only.
         for connection in self._connections[:: -1 if unchanged else 1]:
             connection.close()
-        self._connections, self._opened, self._folder_changed = [], [], 0
+        self._opened, self._folder_changed = [], 0
 
     def _open(self) -> None:
         if not self._path.is_file() or self._path.read_bytes()[:16] != b"SQLite format 3\0":
             raise sqlite3.OperationalError(f"{self._path}: not an SQLite database")
-        for mode in ("rw", "ro"):
-            uri = f"{self._path.as_uri()}?mode={mode}"
-            connection = sqlite3.connect(
-                uri, timeout=0.025, isolation_level=None, check_same_thread=False, uri=True
-            )
-            self._connections.append(connection)
-            # On disk before the answer. The second statement opens all files.
-            connection.executescript("PRAGMA synchronous = FULL; PRAGMA schema_version")
+        self._connections = [self._connect("rw"), self._connect("ro")]
         self._opened, self._written = self._inodes(), _stat(self._names[0])[1]
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        uri = f"{self._path.as_uri()}?mode={mode}"
+        options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
+        connection: sqlite3.Connection = sqlite3.connect(uri, uri=True, timeout=0.025, **options)
+        # On disk before the answer. The second statement opens all three files.
+        connection.executescript("PRAGMA synchronous = FULL; PRAGMA schema_version")
+        return connection
 
     def _inodes(self) -> list[int]:
         return [_stat(name)[0] for name in self._names]
