@@ -161,7 +161,7 @@ def _finish(response: Response) -> Response:
     if request.method == "OPTIONS" and response.status_code == 200:
         response.status_code = 204
         del response.headers["Content-Type"]
-    what = quote(f"{request.method} {request.path}", safe="/ ", errors="replace")[:200]
+    what = quote(f"{request.method} {request.path}", safe="/ ")[:200]
     milliseconds = (perf_counter() - g.started) * 1000
     who = f"{g.get('api_key', '-')} {auth.parse_address(request.remote_addr) or '-'}"
     line = f"{what} {response.status_code} {milliseconds:.1f} ms {who}"

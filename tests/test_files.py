@@ -9,7 +9,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import CONFIG, OTHER, Server, StartServer, rounds
+import sqlalchemy as sa
+from conftest import CONFIG, OTHER, Server, StartServer, rounds, stored
+from flask import Flask
+
+from database import StorageError, execute, transaction
+from models import ProviderConfig
 
 FILES = ["", "-wal", "-shm"]
 Fault = Callable[[Path], object]
@@ -161,3 +166,30 @@ def test_removed_files_at_random_lose_no_acknowledged_write(
         if acknowledged:
             shown = server.get(credential).body["data"]["provider"]
             assert shown == acknowledged
+
+
+def test_write_to_a_file_that_is_removed_meanwhile_is_an_error(app: Flask, tmp_path: Path) -> None:
+    def write() -> None:
+        with transaction():
+            execute(sa.delete(ProviderConfig))
+            (tmp_path / "ai-provider.db-wal").unlink()
+
+    with app.app_context(), pytest.raises(StorageError, match="replaced"):
+        write()
+
+
+def test_wal_that_another_process_made_is_left(
+    start_server: StartServer, app: Flask, credential: str, tmp_path: Path
+) -> None:
+    server = start_server()
+    server.put(CONFIG, credential)
+    with closing(sqlite3.connect(tmp_path / "ai-provider.db")) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    server.get(credential)
+    assert stored(app)
+    (tmp_path / "ai-provider.db-wal").unlink()
+    assert server.put(OTHER, credential).status == 200
+    assert stored(app)
+    server.stop(signal.SIGKILL)
+    shown = start_server().get(credential)
+    assert shown.body["data"]["provider"] == "other"

@@ -221,9 +221,13 @@ def test_folder_of_the_key_file_is_created(
 
 
 def serve_as_nobody() -> None:
-    if os.geteuid() == 0:
-        os.setuid(65534)
-    serve()
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        serve()
+    finally:
+        os.seteuid(user)
 
 
 @pytest.mark.parametrize("name", ["ai-provider.db", "encryption.key", ""])

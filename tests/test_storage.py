@@ -1,8 +1,10 @@
 import re
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -15,6 +17,7 @@ from conftest import (
     UNREADABLE,
     URL,
     StartServer,
+    close_database,
     create_credential,
     on_both,
 )
@@ -120,6 +123,21 @@ def test_servers_that_start_at_once_share_one_key_and_one_configuration(
     assert log.count("Generated encryption key file") == 1
     with start_app().app_context():
         assert execute(sa.select(ProviderConfig.id)) == [(1,)]
+
+
+def test_safety_of_commits_does_not_depend_on_how_sqlite_was_built(
+    app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:  # noqa: ANN401
+        connection: sqlite3.Connection = sqlite3_connect(*arguments, **options)
+        connection.execute("PRAGMA synchronous = OFF")
+        return connection
+
+    sqlite3_connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    close_database(app)
+    connection = app.extensions["database_file"].look().writer
+    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
 def drop_tables(app: Flask) -> None:
