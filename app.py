@@ -16,11 +16,11 @@ from typing import Any
 from urllib.parse import quote
 
 import click
+import waitress.server
 from flask import Blueprint, Flask, abort, current_app, g, jsonify, request
 from marshmallow import ValidationError
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.server import create_server
 from werkzeug.exceptions import HTTPException, default_exceptions
 from werkzeug.wrappers import Response
 
@@ -244,14 +244,15 @@ class RequestParser(HTTPRequestParser):
             raise ParsingError("Malformed header") from error
 
 
-def _create_server(app: Flask) -> Any:  # noqa: ANN401
+def create_server(app: Flask) -> Any:  # noqa: ANN401
+    """Return the server, bound to LISTEN; raise ClickException."""
     HTTPChannel.parser_class = RequestParser
     listen, proxy = app.config["LISTEN"], app.config["TRUSTED_PROXY"]
     try:
         # A stranger may send 16 KiB of headers (by default 256) and 128 KiB of body (1 GiB), and
         # stall 500 connections (100) for 10 seconds (120), if there are descriptors for them. Of
         # two threads, one commits while the other computes: more only contend.
-        return create_server(
+        return waitress.server.create_server(
             app,
             listen=listen,
             trusted_proxy=proxy,
@@ -286,7 +287,7 @@ def main() -> None:
             ProviderConfig.check()
         except StorageError as error:  # a PUT mends it
             app.logger.error("%s", error)
-    server = _create_server(app)
+    server = create_server(app)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     host, _, port = app.config["LISTEN"].rpartition(":")

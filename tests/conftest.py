@@ -304,6 +304,17 @@ def locked(database_url: str) -> Iterator[None]:
             yield
 
 
+def forget_last_use(database_url: str) -> None:
+    """Have the next request of each credential log that it cannot write."""
+    if database_url.startswith("sqlite"):
+        path = database_url.removeprefix("sqlite:///")
+        with closing(sqlite3.connect(path)) as database, database:
+            database.execute("UPDATE credential SET last_used_at = NULL")
+    else:
+        with psycopg.connect(database_url) as connection:
+            connection.execute("UPDATE credential SET last_used_at = NULL")
+
+
 def flask(*arguments: str, **settings: str) -> tuple[int, str, str]:
     """Run a command in a process of its own; return its exit status and output."""
     return run(execute_command, *arguments, **settings)

@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from http.client import HTTPException
 from pathlib import Path
@@ -27,6 +27,7 @@ from conftest import (
     StartServer,
     close_database,
     create_credential,
+    forget_last_use,
     locked,
     on_both,
     rounds,
@@ -199,6 +200,12 @@ def test_locked_database_is_an_error_after_a_bounded_wait(
         assert server.get(credential).body == before
         assert server.request("GET", "/health").status == 200
     assert server.put(OTHER, credential).status == 200
+    forget_last_use(database_url)
+    with ThreadPoolExecutor(1) as pool:
+        with locked(database_url):
+            put = pool.submit(server.put, CONFIG, credential)
+            wait([put], timeout=0.3)  # for the lock, again in patience
+        assert put.result().status == 200
     causes = ("database is locked", "canceling statement due to lock timeout")
     log = server.stop()
     assert any(f"ERROR Database error: {cause}. {REMEDY}" in log for cause in causes)

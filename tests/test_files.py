@@ -1,5 +1,6 @@
 """What is acknowledged is in the files that a restart finds, whoever touches them meanwhile."""
 
+import os
 import random
 import shutil
 import signal
@@ -132,6 +133,47 @@ def test_file_copied_over_the_database_is_served_at_once(
     overwrite(tmp_path / "ai-provider.db", (tmp_path / "backup").read_bytes())
     shown = server.get(credential)
     assert shown.body["data"]["provider"] == "openai"
+
+
+def test_older_copy_of_the_wal_does_not_undo_a_write(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    server = start_server()
+    wal = tmp_path / "ai-provider.db-wal"
+    server.put(CONFIG, credential)
+    shutil.copy(wal, tmp_path / "copy")
+    server.put(OTHER, credential)
+    (tmp_path / "copy").replace(wal)
+    assert server.get(credential).body["data"]["provider"] == "other"
+    server.stop(signal.SIGKILL)
+    assert start_server().get(credential).body["data"]["provider"] == "other"
+
+
+def test_removed_wal_is_saved_while_another_process_has_it_open(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    servers = [start_server(), start_server()]
+    for server in servers:
+        server.put(CONFIG, credential)
+    (tmp_path / "ai-provider.db-wal").unlink()
+    assert [server.get(credential).status for server in servers] == [200, 200]
+    for number, server in enumerate(servers * 3):
+        body = {"provider": f"p{number}", "api_key": "k"}
+        assert server.put(body, credential).status == 200
+    for server in servers:
+        assert server.get(credential).body["data"]["provider"] == "p5"
+        server.stop(signal.SIGKILL)
+    assert start_server().get(credential).body["data"]["provider"] == "p5"
+
+
+def test_change_within_the_resolution_of_the_clock_is_noticed(app: Flask, tmp_path: Path) -> None:
+    assert stored(app) is None
+    time = tmp_path.stat().st_mtime_ns
+    (tmp_path / "ai-provider.db-wal").unlink()
+    os.utime(tmp_path, ns=(time, time))
+    with app.app_context():
+        ProviderConfig.put("openai", "key", "author")
+    assert (tmp_path / "ai-provider.db-wal").exists()
 
 
 def test_replaced_files_are_closed(server: Server, credential: str, tmp_path: Path) -> None:

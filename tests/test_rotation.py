@@ -10,7 +10,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import killer
-import psycopg
 import pytest
 from conftest import (
     API_KEY,
@@ -20,6 +19,7 @@ from conftest import (
     Server,
     StartServer,
     flask,
+    forget_last_use,
     locked,
     on_both,
     rounds,
@@ -39,7 +39,7 @@ def test_rotation_puts_a_new_key_first_and_encrypts_with_it(
     before = client.get(URL, headers=auth_headers).json
     (old,) = key_file.read_bytes().split()
     result = runner.invoke(args=["provider", "rotate-key"])
-    assert (result.exit_code, result.output) == (0, "Rotated.\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "Rotated.\n")
     new, kept = key_file.read_bytes().split()
     assert kept == old != new
     key_file.write_bytes(new)
@@ -53,6 +53,13 @@ def test_rotation_keeps_the_mode_of_the_key_file_and_leaves_no_other(
     assert runner.invoke(args=["provider", "rotate-key"]).exit_code == 0
     assert key_file.stat().st_mode == 0o100640
     assert [*key_file.parent.glob("encryption*")] == [key_file]
+
+
+def test_rotation_keeps_the_owner_of_the_key_file(runner: FlaskCliRunner, key_file: Path) -> None:
+    owner = 65534 if os.geteuid() == 0 else os.geteuid()
+    os.chown(key_file, owner, -1)
+    assert runner.invoke(args=["provider", "rotate-key"]).exit_code == 0
+    assert key_file.stat().st_uid == owner
 
 
 def test_rotation_before_the_first_put_adds_a_key(runner: FlaskCliRunner, key_file: Path) -> None:
@@ -163,17 +170,6 @@ def test_rotations_at_once_keep_the_keys_of_all(
         assert [status for status, *_ in results] == [0] * 4
     assert len(key_file.read_bytes().split()) == 5
     assert client.get(URL, headers=auth_headers).status_code == 200
-
-
-def forget_last_use(database_url: str) -> None:
-    """Have the next request of each credential log that it cannot write."""
-    if database_url.startswith("sqlite"):
-        path = database_url.removeprefix("sqlite:///")
-        with closing(sqlite3.connect(path)) as database, database:
-            database.execute("UPDATE credential SET last_used_at = NULL")
-    else:
-        with psycopg.connect(database_url) as connection:
-            connection.execute("UPDATE credential SET last_used_at = NULL")
 
 
 @on_both

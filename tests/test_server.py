@@ -1,6 +1,8 @@
 """The service as a process: what it answers, logs and keeps."""
 
+import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -22,7 +24,10 @@ from conftest import (
     failure,
     on_both,
 )
+from flask import Flask
 from processes import ROOT, start_interpreter, start_program
+
+from app import create_server
 
 SUCCESS = {"status": "success", "data": True}
 
@@ -187,16 +192,40 @@ def test_two_threads_work(server: Server) -> None:
     assert len([*Path(f"/proc/{server.process.pid}/task").iterdir()]) == 3
 
 
-def test_few_descriptors_are_no_flood_in_the_log(start_server: StartServer) -> None:
+def test_few_descriptors_are_no_flood_in_the_log(
+    start_server: StartServer, credential: str, key_file: Path
+) -> None:
     program = start_program("sh", "-c", f"ulimit -n 64; exec {sys.executable} app.py")
     server = start_server(program)
+    server.put(CONFIG, credential)
     with ExitStack() as stack:
-        for _ in range(200):
-            stack.enter_context(connect(server))
+        connections = [stack.enter_context(connect(server)) for _ in range(200)]
+        os.utime(key_file)  # has it read again
+        head = f"GET {URL} HTTP/1.1\r\nAuthorization: token {credential}\r\n\r\n"
+        connections[0].sendall(head.encode())
+        assert connections[0].recv(65536).startswith(b"HTTP/1.1 200 ")
     assert server.request("GET", "/health").status == 200
     log = server.stop()
     assert "Traceback" not in log
     assert len(log.splitlines()) < 20
+
+
+def test_lack_of_descriptors_is_no_flood_in_the_log(server: Server) -> None:
+    pid = server.process.pid
+    assert pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (0, hard))
+    with connect(server) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+    assert "Traceback" not in server.stop()
+
+
+def test_idle_connections_have_a_limit_in_time(app: Flask) -> None:
+    server = create_server(app)
+    server.close()
+    assert (server.adj.channel_timeout, server.adj.cleanup_interval) == (10, 5)
 
 
 @on_both

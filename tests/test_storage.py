@@ -1,5 +1,6 @@
 import re
 import sqlite3
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -101,6 +102,19 @@ def test_newest_key_encrypts_and_older_ones_decrypt(
     assert client.get(URL, headers=auth_headers).status_code == 200
 
 
+def test_put_writes_nothing_where_the_key_file_is(
+    start_app: Callable[[], Flask], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    monkeypatch.setenv("ENCRYPTION_KEY_FILE", f"{folder}/encryption.key")
+    app = start_app()
+    before = folder.stat().st_mtime_ns
+    with app.app_context():
+        ProviderConfig.put("openai", "key", "author")
+    assert folder.stat().st_mtime_ns == before
+
+
 def test_key_file_is_generated_over_no_other(app: Flask, key_file: Path) -> None:
     before = key_file.read_bytes()
     with app.app_context():
@@ -138,6 +152,28 @@ def test_safety_of_commits_does_not_depend_on_how_sqlite_was_built(
     close_database(app)
     connection = app.extensions["database_file"].look().writer
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+def test_read_beside_a_longer_one_shows_the_last_write(app: Flask) -> None:
+    numbers = sa.select(sa.literal(0).label("number")).cte(recursive=True)
+    numbers = numbers.union_all(sa.select(numbers.c.number + 1).where(numbers.c.number < 500_000))
+    started = threading.Event()
+
+    def read_for_long() -> list[Any]:
+        with app.app_context():
+            ProviderConfig.get()
+            started.set()
+            return execute(sa.select(sa.func.count(numbers.c.number).label("count")))
+
+    with app.app_context(), ThreadPoolExecutor(1) as pool:
+        ProviderConfig.put("first", "key", "author")
+        counted = pool.submit(read_for_long)
+        started.wait()
+        ProviderConfig.put("second", "key", "author")
+        config = ProviderConfig.get()
+        assert config
+        assert config.provider == "second"
+        assert counted.result() == [(500_001,)]
 
 
 def drop_tables(app: Flask) -> None:
