@@ -138,14 +138,16 @@ def test_file_copied_over_the_database_is_served_at_once(
 def test_older_copy_of_the_wal_does_not_undo_a_write(
     start_server: StartServer, credential: str, tmp_path: Path
 ) -> None:
-    server = start_server()
+    server, other = start_server(), start_server()
     wal = tmp_path / "ai-provider.db-wal"
     server.put(CONFIG, credential)
     shutil.copy(wal, tmp_path / "copy")
     server.put(OTHER, credential)
     (tmp_path / "copy").replace(wal)
     assert server.get(credential).body["data"]["provider"] == "other"
+    assert other.get(credential).body["data"]["provider"] == "other"
     server.stop(signal.SIGKILL)
+    other.stop(signal.SIGKILL)
     assert start_server().get(credential).body["data"]["provider"] == "other"
 
 
@@ -164,6 +166,24 @@ def test_removed_wal_is_saved_while_another_process_has_it_open(
         assert server.get(credential).body["data"]["provider"] == "p5"
         server.stop(signal.SIGKILL)
     assert start_server().get(credential).body["data"]["provider"] == "p5"
+
+
+def test_removed_wal_in_which_another_process_writes_is_left_to_it(
+    start_server: StartServer, app: Flask, credential: str, tmp_path: Path
+) -> None:
+    server = start_server()
+    server.put(CONFIG, credential)
+
+    def write() -> None:
+        with transaction():
+            execute(sa.delete(ProviderConfig))
+            (tmp_path / "ai-provider.db-wal").unlink()
+            assert server.put(OTHER, credential).status == 200
+
+    with app.app_context(), pytest.raises(StorageError, match="replaced"):
+        write()
+    server.stop(signal.SIGKILL)
+    assert start_server().get(credential).body["data"]["provider"] == "other"
 
 
 def test_change_within_the_resolution_of_the_clock_is_noticed(app: Flask, tmp_path: Path) -> None:

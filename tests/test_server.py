@@ -1,11 +1,13 @@
 """The service as a process: what it answers, logs and keeps."""
 
+import json
 import os
 import re
 import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
@@ -22,6 +24,7 @@ from conftest import (
     StartServer,
     basic,
     failure,
+    locked,
     on_both,
 )
 from flask import Flask
@@ -219,6 +222,22 @@ def test_lack_of_descriptors_is_no_flood_in_the_log(server: Server) -> None:
         connection.sendall(b"GET /health HTTP/1.1\r\n\r\n")
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+    assert "Traceback" not in server.stop()
+
+
+def test_client_that_goes_away_leaves_no_traceback(
+    server: Server, credential: str, database_url: str
+) -> None:
+    body = json.dumps(CONFIG).encode()
+    head = f"PUT {URL} HTTP/1.1\r\nAuthorization: token {credential}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with locked(database_url):
+        connection = connect(server)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.sendall(head.encode() + body)
+        server.wait_for("Last use not recorded")
+        connection.close()  # with a reset
+    server.wait_for("PUT /api/v1/ai/provider 200")
     assert "Traceback" not in server.stop()
 
 

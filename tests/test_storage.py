@@ -155,14 +155,15 @@ def test_safety_of_commits_does_not_depend_on_how_sqlite_was_built(
 
 
 def test_read_beside_a_longer_one_shows_the_last_write(app: Flask) -> None:
-    numbers = sa.select(sa.literal(0).label("number")).cte(recursive=True)
-    numbers = numbers.union_all(sa.select(numbers.c.number + 1).where(numbers.c.number < 500_000))
     started = threading.Event()
+    reader = app.extensions["database_file"].look()._connections[1]
+    reader.create_function("started", 0, started.set)
+    zero = sa.func.coalesce(sa.func.started(), 0)
+    numbers = sa.select(zero.label("number")).cte(recursive=True)
+    numbers = numbers.union_all(sa.select(numbers.c.number + 1).where(numbers.c.number < 500_000))
 
     def read_for_long() -> list[Any]:
         with app.app_context():
-            ProviderConfig.get()
-            started.set()
             return execute(sa.select(sa.func.count(numbers.c.number).label("count")))
 
     with app.app_context(), ThreadPoolExecutor(1) as pool:
