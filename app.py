@@ -263,7 +263,6 @@ def create_server(app: Flask) -> Any:  # noqa: ANN401
             connection_limit=min(500, os.sysconf("SC_OPEN_MAX") - 32),
             channel_timeout=10,
             cleanup_interval=5,
-            log_socket_errors=False,
             ident="",
         )
     except (OSError, ValueError) as error:

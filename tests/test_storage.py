@@ -2,7 +2,7 @@ import re
 import sqlite3
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from conftest import (
     close_database,
     create_credential,
     on_both,
+    stored,
 )
 from flask import Flask
 from flask.testing import FlaskClient
@@ -154,27 +155,41 @@ def test_safety_of_commits_does_not_depend_on_how_sqlite_was_built(
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
-def test_read_beside_a_longer_one_shows_the_last_write(app: Flask) -> None:
-    started = threading.Event()
-    reader = app.extensions["database_file"].look()._connections[1]
-    reader.create_function("started", 0, started.set)
-    zero = sa.func.coalesce(sa.func.started(), 0)
-    numbers = sa.select(zero.label("number")).cte(recursive=True)
-    numbers = numbers.union_all(sa.select(numbers.c.number + 1).where(numbers.c.number < 500_000))
+class SlowReader:
+    """SQLite's connection for reads, of which the first one takes long."""
 
-    def read_for_long() -> list[Any]:
-        with app.app_context():
-            return execute(sa.select(sa.func.count(numbers.c.number).label("count")))
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+        self.reads, self.continues = threading.Event(), threading.Event()
 
-    with app.app_context(), ThreadPoolExecutor(1) as pool:
+    def execute(self, sql: str, parameters: dict[str, Any]) -> sqlite3.Cursor:
+        cursor = self.connection.execute(sql, parameters)
+        if not self.reads.is_set():
+            self.reads.set()
+            self.continues.wait()
+        return cursor
+
+
+def test_read_beside_a_slow_one_shows_the_last_write(app: Flask) -> None:
+    with app.app_context():
         ProviderConfig.put("first", "key", "author")
-        counted = pool.submit(read_for_long)
-        started.wait()
-        ProviderConfig.put("second", "key", "author")
-        config = ProviderConfig.get()
-        assert config
-        assert config.provider == "second"
-        assert counted.result() == [(500_001,)]
+    database_file = app.extensions["database_file"].look()
+    reader = SlowReader(database_file._connections[1])
+    database_file._connections[1] = reader
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(stored, app)
+        reader.reads.wait()
+        with app.app_context():
+            ProviderConfig.put("second", "key", "author")
+        read = pool.submit(stored, app)
+        wait([read], timeout=0.2)  # for the slow one
+        reader.continues.set()
+        shown, shown_first = read.result(), slow.result()
+    assert shown_first
+    assert shown_first.provider == "first"
+    assert shown
+    assert shown.provider == "second"
+    database_file._connections[1] = reader.connection
 
 
 def drop_tables(app: Flask) -> None:
