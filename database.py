@@ -126,8 +126,10 @@ def _storage_error(error: Exception) -> StorageError:
 
 
 def describe(error: OSError) -> str:
-    """Return the fault, the file, and the users who own it and who ask for it."""
-    place = Path(error.filename or "/")
+    """Return the fault and, if it names a file, the users who own it and who ask for it."""
+    if error.filename is None:
+        return f"{error.strerror}."
+    place = Path(error.filename)
     while not os.path.lexists(place):
         place = place.parent
     users = f"belongs to the user {place.lstat().st_uid}, this process to {os.geteuid()}"
@@ -137,7 +139,7 @@ def describe(error: OSError) -> str:
 def _stat(path: str) -> tuple[int, int]:
     try:
         file = os.stat(path)  # noqa: PTH116 (a Path takes longer, and each request waits for it)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0, 0
     return file.st_ino, file.st_mtime_ns
 
@@ -179,12 +181,15 @@ class DatabaseFile:
         self._written = _stat(self._names[0])[1]  # a commit may write to the database itself
 
     def close(self) -> None:
-        """Close the files, and save what is only in a -wal that was removed."""
+        """Close the files; before, save what is only in a -wal that was removed, or raise."""
         inode, written = _stat(self._names[0])
         unchanged = [inode] == self._opened[:1] and written == self._written
         if unchanged and self._inodes()[1] != self._opened[1]:
-            with suppress(sqlite3.Error, OSError):
-                self._connections[0].execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            checkpoint = self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            busy, pages, saved = checkpoint.fetchone()
+            if busy and saved < max(pages, 0):
+                raise sqlite3.OperationalError("the -wal is removed, but in use")
+            with suppress(OSError):
                 Path(self._names[2]).unlink()
                 if _stat(self._names[0])[1] != written:  # or it may be another process's
                     Path(self._names[1]).unlink()
