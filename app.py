@@ -7,34 +7,34 @@ if __name__ == "__main__":
 
 import logging
 import os
-import re
-from collections.abc import Callable
+import socket
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import gmtime, perf_counter
 from typing import Any
 from urllib.parse import quote
 
 import click
 import waitress.server
+from dotenv import dotenv_values, find_dotenv
 from flask import Blueprint, Flask, abort, current_app, g, jsonify, request
+from flask.helpers import get_load_dotenv
 from marshmallow import ValidationError
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError
 from werkzeug.exceptions import HTTPException, default_exceptions
 from werkzeug.wrappers import Response
 
 import auth
 import database
 import models
-from database import StorageError
+import schemas
+from database import StorageError, report
 from encryption import key_file
 from models import ProviderConfig
-from schemas import JSONProvider, failure, parse_object, provider_schema, success
 
-# Flask would look for it in the current folder.
-INSTANCE = Path(__file__).resolve().parent / "instance"
-LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR"]
+VERSION = "1.1.0"
+ROOT = Path(__file__).resolve().parent
+PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 NOT_SET = "No provider is set yet."
 # For errors that are raised without a message.
 MESSAGES = {
@@ -55,10 +55,10 @@ def update_provider() -> dict[str, object]:
     """Create or replace the configuration."""
     if not request.is_json:
         abort(415)
-    config = provider_schema.load(parse_object(request.get_data()))
+    config = schemas.provider_schema.load(schemas.parse_object(request.get_data()))
     ProviderConfig.put(**config, updated_by=g.api_key)
     current_app.logger.info("Provider set to %r by %s", config["provider"], g.api_key)
-    return success(True)
+    return schemas.success(True)
 
 
 @bp.get("")
@@ -67,22 +67,23 @@ def show_provider() -> dict[str, object]:
     config = ProviderConfig.get()
     if config is None:
         abort(404, NOT_SET)
-    return success(provider_schema.dump(config))
+    return schemas.success(schemas.provider_schema.dump(config))
 
 
 @bp.delete("")
 def clear_provider() -> dict[str, object]:
     """Remove the configuration."""
-    if not ProviderConfig.clear():
+    provider = ProviderConfig.clear()
+    if provider is None:
         abort(404, NOT_SET)
-    current_app.logger.info("Provider removed by %s", g.api_key)
-    return success(True)
+    current_app.logger.info("Provider %r removed by %s", provider, g.api_key)
+    return schemas.success(True)
 
 
 def check_health() -> dict[str, object]:
     """Answer while what is stored can be read."""
     ProviderConfig.check()
-    return success(True)
+    return schemas.success(True)
 
 
 def show_document() -> Response:
@@ -101,33 +102,28 @@ def show_command(reveal: bool) -> None:
     if reveal:
         click.echo(config.api_key)
         return
-    for field, value in provider_schema.dump(config).items():
+    for field, value in schemas.provider_schema.dump(config).items():
         click.echo(f"{field:10}  {value}")
 
 
 @bp.cli.command("clear")
 def clear_command() -> None:
     """Remove the configuration."""
-    if not ProviderConfig.clear():
+    provider = ProviderConfig.clear()
+    if provider is None:
         raise click.ClickException(NOT_SET)
-    click.echo("Removed.", err=True)
+    report(f"Removed the provider {provider!r}.")
 
 
 @bp.cli.command("rotate-key")
 def rotate_key_command() -> None:
     """Encrypt with a new key; the old ones still decrypt."""
     ProviderConfig.rotate()
-    click.echo("Rotated.", err=True)
+    report(f"Rotated: {key_file.path} has a new first key.")
 
 
 def _handle_validation_error(error: ValidationError) -> tuple[dict[str, object], int]:
-    # A field's name is the client's: it may be what UTF-8 cannot encode.
-    data = {
-        field.encode("ascii", "backslashreplace").decode(): messages
-        for field, messages in sorted(error.messages_dict.items())
-    }
-    message = " ".join(f"{field}: {' '.join(messages)}" for field, messages in data.items())
-    return failure(400, message, data), 400
+    return schemas.failure(400, schemas.describe(error), error.messages_dict), 400
 
 
 def _handle_storage_error(error: StorageError) -> Response:
@@ -143,7 +139,7 @@ def _handle_http_exception(error: HTTPException) -> Response:
     message = error.description or error.name
     if error.description == type(error).description:
         message = MESSAGES.get(status, message).format(allow=response.headers.get("Allow"))
-    response.data = jsonify(failure(status, message)).data
+    response.data = jsonify(schemas.failure(status, message)).data
     response.content_type = "application/json"
     return response
 
@@ -165,47 +161,61 @@ def _finish(response: Response) -> Response:
     milliseconds = (perf_counter() - g.started) * 1000
     who = f"{g.get('api_key', '-')} {auth.parse_address(request.remote_addr) or '-'}"
     line = f"{what} {response.status_code} {milliseconds:.1f} ms {who}"
+    level = logging.WARNING if response.status_code == 401 else logging.INFO
     # Once the client has its answer, for which it need not wait longer.
-    response.call_on_close(partial(current_app.logger.info, line))
+    response.call_on_close(partial(current_app.logger.log, level, line))
     return response
 
 
-def _is_host_and_port(text: str) -> bool:
-    match = re.fullmatch(r"(\[[^\s\]]+\]|[^\s:]+):(\d{1,5})", text)
-    return match is not None and int(match[2]) <= 65535
-
-
-# The default of each setting, what checks it, and the rule.
-SETTINGS: dict[str, tuple[str, Callable[[str], object], str]] = {
-    "AI_PROVIDERS": ("", bool, "not be empty"),
-    "DATABASE_URL": ("sqlite:///ai-provider.db", bool, "not be empty"),
-    "ENCRYPTION_KEY_FILE": ("encryption.key", bool, "not be empty"),
-    "LISTEN": ("127.0.0.1:8080", _is_host_and_port, "be host:port, as [::1]:8080"),
-    "LOG_LEVEL": ("INFO", LEVELS.__contains__, f"be one of: {', '.join(LEVELS)}"),
-    "TRUSTED_PROXY": ("", auth.parse_address, "be an IP address, as 127.0.0.1"),
-}
-
-
 def _read_settings() -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for name, (default, is_valid, rule) in SETTINGS.items():
-        settings[name] = os.environ.get(name, default)
-        if name in os.environ and not is_valid(settings[name]):
-            raise click.ClickException(f"{name} must {rule}.")
+    try:
+        settings: dict[str, Any] = schemas.SettingsSchema().load(_read_environment())
+    except ValidationError as error:
+        raise click.ClickException(schemas.describe(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename}: {error.strerror}.") from error
     names = settings["AI_PROVIDERS"].split(",")
     settings["AI_PROVIDERS"] = [name.strip() for name in names if name.strip()]
     # What a link names, a rotation replaces.
-    key_file_path = os.path.realpath(INSTANCE / settings["ENCRYPTION_KEY_FILE"])
-    settings["ENCRYPTION_KEY_FILE"] = Path(key_file_path)
-    return settings | database.engine_settings(settings["DATABASE_URL"], INSTANCE)
+    key_file_path = os.path.realpath(ROOT / "instance" / settings["ENCRYPTION_KEY_FILE"])
+    settings |= {
+        "ENCRYPTION_KEY_FILE": Path(key_file_path),
+        "TRUSTED_PROXY": str(settings["TRUSTED_PROXY"]),
+    }
+    return settings | database.engine_settings(settings["DATABASE_URL"], ROOT / "instance")
+
+
+def _read_environment() -> dict[str, str | None]:
+    if not get_load_dotenv():
+        return {**os.environ}
+    # Flask has put the .env of the current folder, whosever it is, into the environment.
+    other = dotenv_values(find_dotenv(usecwd=True) or os.devnull)
+    environment = {name: value for name, value in os.environ.items() if other.get(name) != value}
+    return dotenv_values(ROOT / ".env") | environment
 
 
 def _is_no_access_line(record: logging.LogRecord) -> bool:
     return " - - [" not in record.msg
 
 
+class JournalFormatter(logging.Formatter):
+    """Lines with the priority that journald reads (sd-daemon(3)); it adds the time."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record, each line of which begins with its priority."""
+        prefix = f"<{PRIORITIES[record.levelname]}>"
+        return prefix + super().format(record).replace("\n", f"\n{prefix}")
+
+
 def _configure_logging(level: str) -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = gmtime
+    stream = os.fstat(2)
+    if os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}":
+        formatter = JournalFormatter("%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    logging.basicConfig(handlers=[handler], level=level)
     # The development server's own access lines show the query string.
     logging.getLogger("werkzeug").addFilter(_is_no_access_line)
     # Its other lines have what a stranger sent, and one comes for each request in the queue.
@@ -214,14 +224,14 @@ def _configure_logging(level: str) -> None:
 
 def create_app(config: dict[str, Any] | None = None) -> Flask:
     """Return the application; raise ClickException where the operator must act."""
-    app = Flask(__name__, instance_path=str(INSTANCE), static_folder=None)
+    app = Flask(__name__, instance_path=str(ROOT / "instance"), static_folder=None)
     app.config.update(_read_settings(), MAX_CONTENT_LENGTH=64 * 1024, **(config or {}))
     _configure_logging(app.config["LOG_LEVEL"])
-    app.json = JSONProvider(app)
+    app.json = schemas.JSONProvider(app)
     app.url_map.merge_slashes = False  # no redirects: an unknown path is a 404
     database.init_app(app)
-    models.init_app(app)
-    app.cli.add_command(auth.credentials)
+    for command in (auth.credentials, models.backup_command, models.restore_command):
+        app.cli.add_command(command)
     app.register_blueprint(bp)
     app.add_url_rule("/health", view_func=check_health)
     app.add_url_rule("/openapi.yaml", view_func=show_document)
@@ -233,20 +243,9 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     return app
 
 
-class RequestParser(HTTPRequestParser):
-    """Waitress's parser, with an answer to every malformed header."""
-
-    def parse_header(self, header_plus: bytes) -> None:
-        """Raise ParsingError, which is answered with status 400."""
-        try:
-            super().parse_header(header_plus)
-        except ValueError as error:
-            raise ParsingError("Malformed header") from error
-
-
 def create_server(app: Flask) -> Any:  # noqa: ANN401
     """Return the server, bound to LISTEN; raise ClickException."""
-    HTTPChannel.parser_class = RequestParser
+    HTTPChannel.parser_class = schemas.RequestParser
     listen, proxy = app.config["LISTEN"], app.config["TRUSTED_PROXY"]
     try:
         # A stranger may send 16 KiB of headers (by default 256) and 128 KiB of body (1 GiB), and
@@ -276,11 +275,13 @@ def _stop(_number: int, _frame: object) -> None:
     raise SystemExit
 
 
-@click.command()
+@click.command(epilog="Settings: the environment, or .env beside app.py; see .env.example.")
+@click.version_option(VERSION)
 def main() -> None:
     """Serve on LISTEN, host:port."""
     app = create_app()
     with app.app_context():
+        models.create_all()
         key_file.check()
         try:
             ProviderConfig.check()
@@ -290,8 +291,18 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     host, _, port = app.config["LISTEN"].rpartition(":")
-    app.logger.info("Serving on http://%s:%s", host, getattr(server, "effective_port", port))
+    url = f"http://{host}:{getattr(server, 'effective_port', port)}"
+    app.logger.info("Serving version %s on %s", VERSION, url)
+    _notify_systemd()
     server.run()
+    app.logger.info("Stopped version %s on %s", VERSION, url)
+
+
+def _notify_systemd() -> None:
+    # So that `systemctl start` waits, and fails with the start (sd_notify(3)).
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+            connection.sendto(b"READY=1", address.replace("@", "\0", 1))
 
 
 if __name__ == "__main__":

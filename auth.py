@@ -5,12 +5,13 @@ from base64 import b64decode
 from ipaddress import ip_address
 
 import click
-from flask import current_app, g, request
+from flask import g, request
 from flask.cli import AppGroup
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import Unauthorized
 
-from models import Credential
+from database import report
+from models import Credential, create_all
 
 CREDENTIAL = re.compile(r"([A-Za-z0-9]{32}):([A-Za-z0-9]{64})")
 CHALLENGES = [WWWAuthenticate(scheme, {"realm": "AI provider"}) for scheme in ("basic", "token")]
@@ -43,19 +44,17 @@ def parse_address(text: str | None) -> str:
 
 
 def authenticate() -> None:
-    """Refuse a request without a valid credential; leave its key in `g.api_key`."""
+    """Refuse a request without a valid credential; leave the key it names in `g.api_key`."""
     if request.method == "OPTIONS":
         return
     credential = parse_authorization(request.headers.get("Authorization", ""))
+    g.api_key = credential[0] if credential else "-"
     if credential is None or not Credential.verify(*credential):
-        address = parse_address(request.remote_addr) or "-"
-        current_app.logger.warning("Authentication failed from %s", address)
         raise Unauthorized(
             "Send a valid credential: Authorization: Basic base64(api_key:api_secret) or"
             " Authorization: token api_key:api_secret.",
             www_authenticate=CHALLENGES,
         )
-    g.api_key = credential[0]
 
 
 @credentials.command("create")
@@ -64,25 +63,28 @@ def create_command(name: str | None) -> None:
     """Print a new credential as api_key:api_secret."""
     if name and not name.isprintable():
         raise click.BadParameter("must be printable", param_hint="--name")
-    click.echo(Credential.issue(name))
-    click.echo("Keep this credential safe: it is shown only once.", err=True)
+    create_all()
+    credential = Credential.issue(name)
+    click.echo(credential)
+    report(f"Created {credential[:32]}. Keep the credential safe: it is shown only once.")
 
 
 @credentials.command("list")
 def list_command() -> None:
     """Print the credentials as a table, without secrets."""
     line = "{:32}  {:20}  {:17}  {}".format
-    click.echo(line("API_KEY", "CREATED", "LAST_USED", "NAME"))
-    for each in Credential.all():
-        click.echo(
-            line(each.api_key, each.created_at, each.last_used_at or "never", each.name or "")
-        )
+    rows = [
+        line(each.api_key, each.created_at, each.last_used_at or "never", each.name or "")
+        for each in Credential.all()
+    ]
+    click.echo("\n".join([line("API_KEY", "CREATED", "LAST_USED", "NAME"), *rows]))
 
 
 @credentials.command("revoke")
 @click.argument("api_key")
 def revoke_command(api_key: str) -> None:
     """Make the credential of this API key invalid from the next request on."""
-    if not Credential.revoke(api_key.partition(":")[0]):  # of the whole credential, too
+    api_key = api_key.partition(":")[0]  # of the whole credential, too
+    if not Credential.revoke(api_key):
         raise click.ClickException("No credential has this API key; see: flask credentials list.")
-    click.echo("Revoked.", err=True)
+    report(f"Revoked {api_key}.")

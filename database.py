@@ -65,19 +65,23 @@ def engine_settings(database_url: str, folder: Path) -> dict[str, Any]:
 
 
 def init_app(app: Flask) -> None:
-    """Create what is missing of the database; raise StorageError if that fails."""
+    """Attach the database, and create nothing."""
     try:
-        with suppress(OSError):  # it is there, or not needed
-            Path(app.instance_path).mkdir(0o700)
         db.init_app(app)
     except ImportError as error:
         raise StorageError("PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'") from error
     app.teardown_appcontext(_close_connection)
-    with app.app_context(), storage_errors():
-        _create_tables()
+    url = app.config["SQLALCHEMY_DATABASE_URI"]
+    if url.drivername == "sqlite":
+        app.extensions["database_file"] = database_file = DatabaseFile(Path(url.database))
+        if context := click.get_current_context(silent=True):
+            context.call_on_close(database_file.close)
 
 
-def _create_tables() -> None:
+def create_tables() -> None:
+    """Create what is missing of the database; call it within storage_errors."""
+    with suppress(OSError):  # it is there, or not needed
+        Path(current_app.instance_path).mkdir(0o700)
     # One process at a time: create_all looks first, and creates then.
     if db.engine.dialect.name == "postgresql":
         with db.engine.execution_options(isolation_level="READ COMMITTED").begin() as connection:
@@ -96,9 +100,6 @@ def _create_tables() -> None:
             connection.exec_driver_sql("PRAGMA journal_mode = WAL")
             Base.metadata.create_all(connection)
         db.engine.dispose()
-    current_app.extensions["database_file"] = database_file = DatabaseFile(path)
-    if context := click.get_current_context(silent=True):
-        context.call_on_close(database_file.close)
 
 
 @contextmanager
@@ -106,12 +107,8 @@ def storage_errors() -> Iterator[None]:
     """Raise StorageError for the errors of files and databases."""
     try:
         yield
-    except _errors() as error:
+    except (OSError, sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
         raise _storage_error(error) from error
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    return OSError, sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error
 
 
 def _storage_error(error: Exception) -> StorageError:
@@ -122,6 +119,13 @@ def _storage_error(error: Exception) -> StorageError:
     return StorageError(
         f"Database error: {cause}. Check that the database of DATABASE_URL is there, intact,"
         " writable, not locked, and has disk space."
+    )
+
+
+def report(message: str) -> None:
+    """Say what a command changed, and why the log of the service does not."""
+    click.echo(
+        f"{message} (Not in the log of the service, which another process writes.)", err=True
     )
 
 
@@ -147,14 +151,16 @@ def _stat(path: str) -> tuple[int, int]:
 class DatabaseFile:
     """The SQLite file under watch: SQLite would go on writing to files that were removed."""
 
+    writer: sqlite3.Connection
+    _reader: sqlite3.Connection
+
     def __init__(self, path: Path) -> None:
         """Open nothing before the first statement."""
-        self._path, self._folder = path, str(path.parent)
+        self.path, self._folder = path, str(path.parent)
         self._names = [str(path), f"{path}-wal", f"{path}-shm"]
-        self._connections: list[sqlite3.Connection] = []
         self._reading, self.writing = Lock(), RLock()
         self._opened: list[int] = []
-        self._written = self._folder_changed = 0
+        self._written = self._folder_changed = -1
 
     def look(self) -> "DatabaseFile":
         """Return itself, with connections to the files that have the names now."""
@@ -167,12 +173,7 @@ class DatabaseFile:
     def execute(self, sql: str, parameters: dict[str, Any]) -> list[Any]:
         """Return the rows of a statement that reads, also while another one writes."""
         with self._reading:
-            return self._connections[1].execute(sql, parameters).fetchall()
-
-    @property
-    def writer(self) -> sqlite3.Connection:
-        """The connection of a transaction."""
-        return self._connections[0]
+            return self._reader.execute(sql, parameters).fetchall()
 
     def confirm(self) -> None:
         """Raise OperationalError if a restart would not show what was committed."""
@@ -182,8 +183,10 @@ class DatabaseFile:
 
     def close(self) -> None:
         """Close the files; before, save what is only in a -wal that was removed, or raise."""
+        if not self._opened:
+            return
         inode, written = _stat(self._names[0])
-        unchanged = [inode] == self._opened[:1] and written == self._written
+        unchanged = inode == self._opened[0] and written == self._written
         if unchanged and self._inodes()[1] != self._opened[1]:
             checkpoint = self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             busy, pages, saved = checkpoint.fetchone()
@@ -193,20 +196,20 @@ class DatabaseFile:
                 Path(self._names[2]).unlink()
                 if _stat(self._names[0])[1] != written:  # or it may be another process's
                     Path(self._names[1]).unlink()
-        # The connection that is closed last writes the -wal into whatever has the name of the
-        # database, unless it is read-only.
-        for connection in self._connections[:: -1 if unchanged else 1]:
-            connection.close()
-        self._opened, self._folder_changed = [], 0
+        if not unchanged:  # who closes last writes the -wal into it, unless that is read-only
+            self.writer.close()
+        self._reader.close()
+        self.writer.close()
+        self._opened, self._folder_changed = [], -1
 
     def _open(self) -> None:
-        if not self._path.is_file() or self._path.read_bytes()[:16] != b"SQLite format 3\0":
-            raise sqlite3.OperationalError(f"{self._path}: not an SQLite database")
-        self._connections = [self._connect("rw"), self._connect("ro")]
+        if not self.path.is_file() or self.path.read_bytes()[:16] != b"SQLite format 3\0":
+            raise sqlite3.OperationalError(f"{self.path}: no SQLite database")
+        self.writer, self._reader = self._connect("rw"), self._connect("ro")
         self._opened, self._written = self._inodes(), _stat(self._names[0])[1]
 
     def _connect(self, mode: str) -> sqlite3.Connection:
-        uri = f"{self._path.as_uri()}?mode={mode}"
+        uri = f"{self.path.as_uri()}?mode={mode}"
         options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
         connection: sqlite3.Connection = sqlite3.connect(uri, uri=True, timeout=0.025, **options)
         # On disk before the answer. The second statement opens all three files.
@@ -242,7 +245,7 @@ def execute(statement: Statement, **parameters: object) -> list[Any]:
         # By the driver itself: execution by SQLAlchemy costs as much as all the rest.
         rows = _connect().execute(sql, defaults | parameters)
         return [*map(row_type._make, rows)] if row_type._fields else []
-    except _errors() as error:
+    except (OSError, sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
         raise _storage_error(error) from error
 
 

@@ -27,13 +27,14 @@ class KeyFile:
     cipher: MultiFernet
 
     @property
-    def _path(self) -> Path:
+    def path(self) -> Path:
+        """Where ENCRYPTION_KEY_FILE is, links followed."""
         path: Path = current_app.config["ENCRYPTION_KEY_FILE"]
         return path
 
     def read(self) -> MultiFernet:
         """Return the cipher of the present keys; raise StorageError."""
-        path = self._path
+        path = self.path
         try:
             state = path.stat()
             version = (state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size)
@@ -58,39 +59,39 @@ class KeyFile:
         try:
             return self.read().decrypt(token).decode()
         except InvalidToken as error:
-            cause = f"{self._path}: no key in it encrypted what is stored."
+            cause = f"{self.path}: no key in it encrypted what is stored."
             raise DecryptionError(f"{cause} {DecryptionError.public}") from error
 
     def create(self) -> None:
         """Generate the file with one key, unless anything has its name."""
-        if os.path.lexists(self._path):
+        if os.path.lexists(self.path):
             return
         with transaction(), suppress(FileExistsError):  # another process was first
             self._write(Fernet.generate_key() + b"\n")
-            current_app.logger.warning("Generated encryption key file %s.", self._path)
+            current_app.logger.warning("Generated encryption key file %s.", self.path)
 
     def add_key(self) -> None:
         """Put a new key before the others; raise StorageError."""
         with transaction():  # of two rotations at once, one would lose its key
             self.read()
-            keys = Fernet.generate_key() + b"\n" + self._path.read_bytes()
-            self._write(keys, replaced=self._path.stat())
+            keys = Fernet.generate_key() + b"\n" + self.path.read_bytes()
+            self._write(keys, replaced=self.path.stat())
 
     def check(self) -> None:
         """Remove what a killed rotation left; raise StorageError, or warn of others' access."""
-        leftover = Path(f"{self._path}.new")
+        leftover = Path(f"{self.path}.new")
         if leftover.exists():  # or another process is about to rename it
             with transaction():
                 leftover.unlink(missing_ok=True)
-        if os.path.lexists(self._path):
+        if os.path.lexists(self.path):
             self.read()
-            if self._path.stat().st_mode & 0o026:
-                advice = f"Run: chmod 600 {self._path}"
+            if self.path.stat().st_mode & 0o026:
+                advice = f"Run: chmod 600 {self.path}"
                 current_app.logger.warning("Others can access the encryption key file. %s", advice)
 
     def _write(self, keys: bytes, replaced: os.stat_result | None = None) -> None:
         # Whole or not at all, and over no other file than the one given.
-        new, folder = Path(f"{self._path}.new"), os.open(self._path.parent, os.O_RDONLY)
+        new, folder = Path(f"{self.path}.new"), os.open(self.path.parent, os.O_RDONLY)
         try:
             new.touch()
             new.chmod(0o600)
@@ -101,9 +102,9 @@ class KeyFile:
             if replaced:  # by root, perhaps, for the user who runs the service
                 os.chown(new, replaced.st_uid, replaced.st_gid)
                 new.chmod(replaced.st_mode)
-                new.replace(self._path)
+                new.replace(self.path)
             else:
-                os.link(new, self._path)
+                os.link(new, self.path)
             os.fsync(folder)
         finally:
             os.close(folder)

@@ -1,18 +1,34 @@
 """What is stored: the clients' credentials and the provider configuration."""
 
+import sqlite3
+from contextlib import closing
 from datetime import datetime, timezone
 from functools import cache
 from hashlib import sha256
 from hmac import compare_digest
 from importlib import import_module
+from pathlib import Path
 from secrets import token_hex
+from tempfile import TemporaryDirectory
 
+import click
 import sqlalchemy as sa
-from flask import Flask, current_app
+from flask import current_app
+from flask.cli import with_appcontext
 from sqlalchemy.orm import Mapped, mapped_column
 
-from database import Base, StorageError, db, execute, transaction
-from encryption import key_file
+from database import (
+    Base,
+    DatabaseFile,
+    StorageError,
+    create_tables,
+    db,
+    execute,
+    report,
+    storage_errors,
+    transaction,
+)
+from encryption import DecryptionError, key_file
 
 
 def utc_now(timespec: str = "seconds") -> str:
@@ -121,10 +137,13 @@ class ProviderConfig(Base):
             )
 
     @classmethod
-    def clear(cls) -> bool:
-        """Delete the configuration; return whether there was one."""
+    def clear(cls) -> str | None:
+        """Delete the configuration; return the name of its provider, None if nothing was set."""
         with transaction():
-            return bool(execute(DELETE_CONFIG))
+            rows = execute(DELETE_CONFIG)
+        if not rows:
+            return None
+        return str(rows[0].provider)
 
     @classmethod
     def rotate(cls) -> None:
@@ -140,7 +159,7 @@ KEY_MATCHES = Credential.api_key == sa.bindparam("key")
 SELECT_CREDENTIAL = sa.select(Credential.secret_hash, Credential.last_used_at).where(KEY_MATCHES)
 UPDATE_LAST_USE = sa.update(Credential).where(KEY_MATCHES).values(last_used_at=sa.bindparam("now"))
 SELECT_CONFIG = sa.select(ProviderConfig)
-DELETE_CONFIG = sa.delete(ProviderConfig).returning(ProviderConfig.id)
+DELETE_CONFIG = sa.delete(ProviderConfig).returning(ProviderConfig.provider)
 
 
 @cache
@@ -151,8 +170,72 @@ def _upsert_config(dialect: str) -> sa.Insert:
     return upsert
 
 
-def init_app(app: Flask) -> None:
-    """Create the key file, unless something is stored, which a new key could not decrypt."""
-    with app.app_context():
-        if ProviderConfig.get() is None:
-            key_file.create()
+def create_all() -> None:
+    """Create what is missing, but no key file while something is stored."""
+    with storage_errors():
+        create_tables()
+    if ProviderConfig.get() is None:  # or a new key could not decrypt it
+        key_file.create()
+
+
+@click.command("backup")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True))
+@with_appcontext
+def backup_command(file: Path) -> None:
+    """Write the database, as it is at one moment, to FILE or, for -, to standard output."""
+    database_file = _sqlite_file(file)
+    folder = None if str(file) == "-" else file.parent
+    with storage_errors(), TemporaryDirectory(dir=folder) as private_folder:
+        copy = Path(private_folder, file.name)
+        copy.touch(0o600)
+        with closing(sqlite3.connect(copy)) as target:
+            database_file.look().writer.backup(target)
+        if folder:
+            copy.replace(file)
+        else:
+            click.echo(copy.read_bytes(), nl=False)
+    click.echo(f"Backed up {database_file.path} to {file}.", err=True)
+
+
+@click.command("restore")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, allow_dash=True))
+@with_appcontext
+def restore_command(file: Path) -> None:
+    """Put the database of FILE or, for -, of standard input in the place of the present one."""
+    database_file = _sqlite_file(file)
+    with (
+        storage_errors(),
+        TemporaryDirectory() as folder,
+        click.open_file(str(file), "rb") as content,
+    ):
+        copy = Path(folder, "copy")
+        copy.write_bytes(content.read())
+        with closing(sqlite3.connect(copy)) as source:
+            if not _is_intact(source):
+                raise click.ClickException(f"{file} is no intact database of this service.")
+            source.backup(database_file.look().writer)
+    database_file.confirm()
+    try:
+        ProviderConfig.check()
+        state = "What it holds can be read with the present encryption key."
+    except DecryptionError as error:
+        state = error.message
+    report(f"Restored {database_file.path} from {file}. {state}")
+
+
+def _sqlite_file(other: Path) -> DatabaseFile:
+    database_file: DatabaseFile | None = current_app.extensions.get("database_file")
+    if not database_file:
+        raise click.ClickException("Use pg_dump and pg_restore for a PostgreSQL database.")
+    if other.resolve() == database_file.path.resolve():
+        raise click.ClickException(f"{other} is the database itself.")
+    return database_file
+
+
+def _is_intact(database: sqlite3.Connection) -> bool:
+    try:
+        for table in Base.metadata.sorted_tables:
+            database.execute(str(sa.select(table)))
+        return database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    except sqlite3.Error:
+        return False

@@ -1,4 +1,4 @@
-"""The wire: the provider configuration and the response envelope."""
+"""What is validated: the settings, and the wire with its requests and response envelopes."""
 
 import json
 import re
@@ -7,9 +7,35 @@ from typing import Any
 
 from flask import abort, current_app
 from flask.json.provider import DefaultJSONProvider
-from marshmallow import Schema, ValidationError, fields, validate
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
+from waitress.parser import HTTPRequestParser, ParsingError
 
+NOT_EMPTY = validate.Length(1, error="Must not be empty.")
 LENGTH = validate.Length(1, 30, error="Must have 1 to 30 characters. Is a longer one the API key?")
+
+
+def _validate_host_and_port(value: str) -> None:
+    match = re.fullmatch(r"(\[[^\s\]]+\]|[^\s:]+):(\d{1,5})", value)
+    if not match or int(match[2]) > 65535:
+        raise ValidationError("Must be host:port, as 127.0.0.1:8080 or [::1]:8080.")
+
+
+class SettingsSchema(Schema):
+    """The settings, as the environment has them."""
+
+    class Meta:
+        """The environment holds more than settings."""
+
+        unknown = EXCLUDE
+
+    AI_PROVIDERS = fields.String(load_default="", validate=NOT_EMPTY)
+    DATABASE_URL = fields.String(load_default="sqlite:///ai-provider.db", validate=NOT_EMPTY)
+    ENCRYPTION_KEY_FILE = fields.String(load_default="encryption.key", validate=NOT_EMPTY)
+    LISTEN = fields.String(load_default="127.0.0.1:8080", validate=_validate_host_and_port)
+    LOG_LEVEL = fields.String(
+        load_default="INFO", validate=validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
+    )
+    TRUSTED_PROXY = fields.IP(load_default="")
 
 
 def _validate_header_value(value: str) -> None:
@@ -55,6 +81,10 @@ class JSONProvider(DefaultJSONProvider):
     ensure_ascii = False
     sort_keys = False
 
+    def dumps(self, obj: object, **options: Any) -> str:  # noqa: ANN401
+        """Return JSON that UTF-8 can encode, whatever names a client gave to its fields."""
+        return super().dumps(obj, **options).encode(errors="backslashreplace").decode()
+
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """Return a JSON object, or abort with status 400; raise ValidationError for its names."""
@@ -75,6 +105,23 @@ def _require_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if repeated := {name: ["Given more than once."] for name in counts if counts[name] > 1}:
         raise ValidationError(repeated)
     return dict(pairs)
+
+
+class RequestParser(HTTPRequestParser):
+    """Waitress's parser, with an answer to every malformed header."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Raise ParsingError, which is answered with status 400."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:
+            raise ParsingError("Malformed header") from error
+
+
+def describe(error: ValidationError) -> str:
+    """Return the names and messages of what is invalid on one line."""
+    fields_and_messages = sorted(error.messages_dict.items())
+    return " ".join(f"{field}: {' '.join(messages)}" for field, messages in fields_and_messages)
 
 
 def success(data: object) -> dict[str, object]:

@@ -27,7 +27,7 @@ from processes import Fork, execute_command, run, serve, stop_forkserver
 
 from app import create_app
 from database import db
-from models import Credential, ProviderConfig
+from models import Credential, ProviderConfig, create_all
 
 URL = "/api/v1/ai/provider"
 API_KEY = "sk-test-0123456789-wxyz"
@@ -176,6 +176,7 @@ def key_file(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, database_url: str, key_file: Path) -> None:
     """Give each test settings of its own, which the processes that it starts inherit."""
+    monkeypatch.setenv("FLASK_SKIP_DOTENV", "1")
     monkeypatch.setenv("DATABASE_URL", database_url)
     monkeypatch.setenv("ENCRYPTION_KEY_FILE", str(key_file))
     monkeypatch.setenv("LISTEN", "127.0.0.1:0")
@@ -190,6 +191,8 @@ def start_app() -> Iterator[StartApp]:
 
     def start() -> Flask:
         apps.append(create_app({"PROPAGATE_EXCEPTIONS": False}))
+        with apps[-1].app_context():
+            create_all()
         return apps[-1]
 
     yield start
@@ -250,6 +253,7 @@ class Running(NamedTuple):
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("running")
     environment = {
+        "FLASK_SKIP_DOTENV": "1",
         "DATABASE_URL": f"sqlite:///{folder}/ai-provider.db",
         "ENCRYPTION_KEY_FILE": f"{folder}/encryption.key",
         "LISTEN": "127.0.0.1:0",
@@ -313,6 +317,11 @@ def forget_last_use(database_url: str) -> None:
     else:
         with psycopg.connect(database_url) as connection:
             connection.execute("UPDATE credential SET last_used_at = NULL")
+
+
+def reported(message: str) -> str:
+    """Return what a command prints of a change."""
+    return f"{message} (Not in the log of the service, which another process writes.)\n"
 
 
 def flask(*arguments: str, **settings: str) -> tuple[int, str, str]:

@@ -123,13 +123,19 @@ def test_health_needs_no_credential(client: FlaskClient) -> None:
     assert (answer.status_code, answer.json) == (200, {"status": "success", "data": True})
 
 
-def test_failure_is_logged_with_the_address_only(
-    client: FlaskClient, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("header", "key"),
+    [(UNKNOWN["Authorization"], KEY), (f"token {KEY}:{SECRET}x", "-"), ("", "-")],
+    ids=["unknown", "malformed", "none"],
+)
+def test_failure_is_one_line_of_the_log_with_the_public_part(
+    client: FlaskClient, caplog: pytest.LogCaptureFixture, header: str, key: str
 ) -> None:
-    client.get(URL, headers=UNKNOWN)
-    assert [(record.levelname, record.message) for record in caplog.records] == [
-        ("WARNING", "Authentication failed from 127.0.0.1")
-    ]
+    client.get(URL, headers={"Authorization": header}).close()
+    ((level, message),) = [(record.levelname, record.message) for record in caplog.records]
+    assert level == "WARNING"
+    assert re.fullmatch(rf"GET {URL} 401 \d+\.\d ms {key} 127\.0\.0\.1", message)
+    assert SECRET not in message
 
 
 @on_both
@@ -155,7 +161,8 @@ def test_not_every_request_writes(
 ) -> None:
     statements: list[str] = []
 
-    for connection in app.extensions["database_file"].look()._connections:
+    database_file = app.extensions["database_file"].look()
+    for connection in (database_file.writer, database_file._reader):
         connection.set_trace_callback(statements.append)
     for _ in range(5):
         client.get(URL, headers=auth_headers)

@@ -2,7 +2,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import API_KEY, CONFIG, OTHER_ENCRYPTION_KEY, UNREADABLE, URL, on_both
+from conftest import API_KEY, CONFIG, OTHER_ENCRYPTION_KEY, UNREADABLE, URL, on_both, reported
 from flask.testing import FlaskClient, FlaskCliRunner
 
 
@@ -11,7 +11,9 @@ def test_create_prints_the_credential_alone(runner: FlaskCliRunner, client: Flas
     result = runner.invoke(args=["credentials", "create"])
     assert result.exit_code == 0
     assert re.fullmatch(r"[A-Za-z0-9]{32}:[A-Za-z0-9]{64}\n", result.stdout)
-    assert result.stderr == "Keep this credential safe: it is shown only once.\n"
+    key = result.stdout[:32]
+    message = f"Created {key}. Keep the credential safe: it is shown only once."
+    assert result.stderr == reported(message)
     headers = {"Authorization": f"token {result.stdout.strip()}"}
     assert client.put(URL, json=CONFIG, headers=headers).status_code == 200
 
@@ -43,7 +45,11 @@ def test_revoke_ends_a_credential(
     runner: FlaskCliRunner, credential: str, client: FlaskClient, auth_headers: dict[str, str]
 ) -> None:
     result = runner.invoke(args=["credentials", "revoke", credential[:32]])
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "Revoked.\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (
+        0,
+        "",
+        reported(f"Revoked {credential[:32]}."),
+    )
     assert client.get(URL, headers=auth_headers).status_code == 401
 
 
@@ -51,7 +57,11 @@ def test_revoke_accepts_the_whole_credential(
     runner: FlaskCliRunner, credential: str, client: FlaskClient, auth_headers: dict[str, str]
 ) -> None:
     result = runner.invoke(args=["credentials", "revoke", credential])
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "Revoked.\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (
+        0,
+        "",
+        reported(f"Revoked {credential[:32]}."),
+    )
     assert client.get(URL, headers=auth_headers).status_code == 401
     result = runner.invoke(args=["credentials", "revoke", credential])
     assert result.exit_code == 1
@@ -101,7 +111,11 @@ def test_clear_removes_the_configuration(
 ) -> None:
     client.put(URL, json=CONFIG, headers=auth_headers)
     result = runner.invoke(args=["provider", "clear"])
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "Removed.\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (
+        0,
+        "",
+        reported("Removed the provider 'openai'."),
+    )
     assert client.get(URL, headers=auth_headers).status_code == 404
 
 

@@ -129,7 +129,7 @@ BAD_FIELDS = [
     [
         *BAD_FIELDS,
         pytest.param({"extra": "SECRET"}, {"extra": ["Unknown field."]}, id="unknown"),
-        pytest.param({"\ud800é": 1}, {"\\ud800\\xe9": ["Unknown field."]}, id="unknown surrogate"),
+        pytest.param({"\ud800é": 1}, {"\ud800é": ["Unknown field."]}, id="unknown surrogate"),
         pytest.param(
             {"provider": "", "api_key": 1},
             {"provider": [LENGTHS["provider"]], "api_key": [TYPE]},
@@ -252,7 +252,7 @@ def test_delete_is_logged_with_its_author(
     client.put(URL, json=CONFIG, headers=auth_headers)
     with caplog.at_level("INFO"):
         client.delete(URL, headers=auth_headers)
-    assert caplog.messages[0] == f"Provider removed by {credential[:32]}"
+    assert caplog.messages[0] == f"Provider 'openai' removed by {credential[:32]}"
 
 
 def test_swapped_fields_are_refused_and_the_key_is_not_repeated(

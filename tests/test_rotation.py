@@ -18,10 +18,12 @@ from conftest import (
     URL,
     Server,
     StartServer,
+    create_credential,
     flask,
     forget_last_use,
     locked,
     on_both,
+    reported,
     rounds,
     stored,
 )
@@ -39,7 +41,11 @@ def test_rotation_puts_a_new_key_first_and_encrypts_with_it(
     before = client.get(URL, headers=auth_headers).json
     (old,) = key_file.read_bytes().split()
     result = runner.invoke(args=["provider", "rotate-key"])
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "Rotated.\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (
+        0,
+        "",
+        reported(f"Rotated: {key_file} has a new first key."),
+    )
     new, kept = key_file.read_bytes().split()
     assert kept == old != new
     key_file.write_bytes(new)
@@ -85,6 +91,7 @@ def test_rotation_without_the_right_key_changes_nothing_stored(
 
 
 def test_rotation_follows_a_link_to_the_key_file(key_file: Path, tmp_path: Path) -> None:
+    create_credential()
     link = tmp_path / "link"
     link.symlink_to(key_file)
     assert flask("provider", "rotate-key", ENCRYPTION_KEY_FILE=str(link))[0] == 0

@@ -27,12 +27,12 @@ from processes import run, serve, start_interpreter
 
 from app import create_app
 from database import StorageError
+from models import create_all
 
 BAD_DATABASE_URL = (
     "DATABASE_URL must be sqlite:/// and a file's path, or postgresql:// and an address, in which"
     " the special characters of a password are percent-encoded: %40 for @."
 )
-USERS = "belongs to the user 0, this process to 0."
 DATABASE_URLS = {
     "nonsense": BAD_DATABASE_URL,
     "sqlite://": BAD_DATABASE_URL,
@@ -42,7 +42,7 @@ DATABASE_URLS = {
     "oracle://u:SECRET@h/d": BAD_DATABASE_URL,
     "postgresql://user:p@SECRET@127.0.0.1:1/db": BAD_DATABASE_URL,
     "postgresql://user:p@SECRET/x@127.0.0.1:1/db": BAD_DATABASE_URL,
-    "sqlite:////nowhere/x.db": f"/nowhere/x.db: No such file or directory. / {USERS}",
+    "sqlite:////nowhere/x.db": f"Database error: /nowhere/x.db: no SQLite database. {REMEDY}",
     "postgresql://user:SECRET@127.0.0.1:1/db": (
         'Database error: connection failed: connection to server at "127.0.0.1", port 1'
         f" failed: Connection refused. {REMEDY}"
@@ -56,12 +56,12 @@ def test_bad_database_url_is_one_clear_line(url: str, message: str) -> None:
 
 
 RULES = {
-    "AI_PROVIDERS": "not be empty",
-    "DATABASE_URL": "not be empty",
-    "ENCRYPTION_KEY_FILE": "not be empty",
-    "LISTEN": "be host:port, as [::1]:8080",
-    "LOG_LEVEL": "be one of: DEBUG, INFO, WARNING, ERROR",
-    "TRUSTED_PROXY": "be an IP address, as 127.0.0.1",
+    "AI_PROVIDERS": "Must not be empty.",
+    "DATABASE_URL": "Must not be empty.",
+    "ENCRYPTION_KEY_FILE": "Must not be empty.",
+    "LISTEN": "Must be host:port, as 127.0.0.1:8080 or [::1]:8080.",
+    "LOG_LEVEL": "Must be one of: DEBUG, INFO, WARNING, ERROR.",
+    "TRUSTED_PROXY": "Not a valid IP address.",
 }
 BAD_SETTINGS = [
     *[
@@ -87,7 +87,7 @@ BAD_SETTINGS = [
 
 @pytest.mark.parametrize(("name", "value"), BAD_SETTINGS)
 def test_bad_setting_is_one_clear_line(name: str, value: str) -> None:
-    assert run(serve, **{name: value}) == (1, "", f"Error: {name} must {RULES[name]}.\n")
+    assert run(serve, **{name: value}) == (1, "", f"Error: {name}: {RULES[name]}\n")
 
 
 def test_name_that_is_not_resolved_is_one_clear_line() -> None:
@@ -99,6 +99,7 @@ def test_name_that_is_not_resolved_is_one_clear_line() -> None:
 
 @pytest.mark.parametrize("level", ["DEBUG", "INFO", "WARNING", "ERROR"])
 def test_level_of_the_log_is_accepted(level: str) -> None:
+    create_credential()
     assert flask("credentials", "list", LOG_LEVEL=level)[0] == 0
 
 
@@ -192,6 +193,7 @@ def test_missing_driver_for_postgresql_is_one_clear_line(monkeypatch: pytest.Mon
 
 
 def test_log_level_hides_what_is_below_it() -> None:
+    create_credential()
     status, _, log = flask("credentials", "list", LOG_LEVEL="ERROR")
     assert (status, log) == (0, "")
 
@@ -201,10 +203,14 @@ def test_folder_that_cannot_be_created_is_one_clear_line(
 ) -> None:
     instance = tmp_path / "instance"
     instance.symlink_to("missing/folder")
-    monkeypatch.setattr("app.INSTANCE", instance)
+    monkeypatch.setattr("app.ROOT", tmp_path)
     monkeypatch.delenv("DATABASE_URL")
-    with pytest.raises(StorageError, match=f"^{instance}/ai-provider.db: No such file or"):
-        create_app()
+    app = create_app()
+    with (
+        app.app_context(),
+        pytest.raises(StorageError, match=f"^{instance}/ai-provider.db: No such file or"),
+    ):
+        create_all()
 
 
 def test_default_address_is_local(monkeypatch: pytest.MonkeyPatch, start_app: StartApp) -> None:
@@ -215,7 +221,7 @@ def test_default_address_is_local(monkeypatch: pytest.MonkeyPatch, start_app: St
 def test_folder_of_the_key_file_is_created(
     monkeypatch: pytest.MonkeyPatch, start_app: StartApp, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("app.INSTANCE", tmp_path / "instance")
+    monkeypatch.setattr("app.ROOT", tmp_path)
     monkeypatch.delenv("ENCRYPTION_KEY_FILE")
     start_app()
     assert (tmp_path / "instance").stat().st_mode == 0o40700
@@ -279,19 +285,19 @@ def test_trusted_proxy_cannot_forge_the_log(start_server: StartServer, forged: s
 def test_address_that_the_proxy_names_is_logged(start_server: StartServer, address: str) -> None:
     server = start_server(TRUSTED_PROXY="127.0.0.1")
     server.request("GET", "/health", **{"X-Forwarded-For": address})
-    assert server.stop().splitlines()[-1].endswith(f" ms - {address.split()[-1]}")
+    assert server.stop().splitlines()[-2].endswith(f" ms - {address.split()[-1]}")
 
 
 def test_address_that_is_none_is_a_dash(start_server: StartServer) -> None:
     server = start_server(TRUSTED_PROXY="127.0.0.1")
     server.request("GET", "/health", **{"X-Forwarded-For": "nginx"})
-    assert server.stop().splitlines()[-1].endswith(" ms - -")
+    assert server.stop().splitlines()[-2].endswith(" ms - -")
 
 
 def test_other_proxy_is_itself_the_client(start_server: StartServer) -> None:
     server = start_server()
     server.request("GET", "/health", **{"X-Forwarded-For": "203.0.113.7"})
-    assert server.stop().splitlines()[-1].endswith(" ms - 127.0.0.1")
+    assert server.stop().splitlines()[-2].endswith(" ms - 127.0.0.1")
 
 
 @pytest.fixture

@@ -174,8 +174,8 @@ def test_read_beside_a_slow_one_shows_the_last_write(app: Flask) -> None:
     with app.app_context():
         ProviderConfig.put("first", "key", "author")
     database_file = app.extensions["database_file"].look()
-    reader = SlowReader(database_file._connections[1])
-    database_file._connections[1] = reader
+    reader = SlowReader(database_file._reader)
+    database_file._reader = reader
     with ThreadPoolExecutor(2) as pool:
         slow = pool.submit(stored, app)
         reader.reads.wait()
@@ -189,7 +189,7 @@ def test_read_beside_a_slow_one_shows_the_last_write(app: Flask) -> None:
     assert shown_first.provider == "first"
     assert shown
     assert shown.provider == "second"
-    database_file._connections[1] = reader.connection
+    database_file._reader = reader.connection
 
 
 def drop_tables(app: Flask) -> None:
