@@ -16,9 +16,7 @@ from urllib.parse import quote
 
 import click
 import waitress.server
-from dotenv import dotenv_values, find_dotenv
 from flask import Blueprint, Flask, abort, current_app, g, jsonify, request
-from flask.helpers import get_load_dotenv
 from marshmallow import ValidationError
 from waitress.channel import HTTPChannel
 from werkzeug.exceptions import HTTPException, default_exceptions
@@ -35,6 +33,9 @@ from models import ProviderConfig
 VERSION = "1.1.0"
 ROOT = Path(__file__).resolve().parent
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+SETTINGS = "\n".join(
+    f"  {name}={field.load_default}" for name, field in schemas.SettingsSchema().fields.items()
+)
 NOT_SET = "No provider is set yet."
 # For errors that are raised without a message.
 MESSAGES = {
@@ -167,33 +168,6 @@ def _finish(response: Response) -> Response:
     return response
 
 
-def _read_settings() -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = schemas.SettingsSchema().load(_read_environment())
-    except ValidationError as error:
-        raise click.ClickException(schemas.describe(error)) from error
-    except OSError as error:
-        raise click.ClickException(f"{error.filename}: {error.strerror}.") from error
-    names = settings["AI_PROVIDERS"].split(",")
-    settings["AI_PROVIDERS"] = [name.strip() for name in names if name.strip()]
-    # What a link names, a rotation replaces.
-    key_file_path = os.path.realpath(ROOT / "instance" / settings["ENCRYPTION_KEY_FILE"])
-    settings |= {
-        "ENCRYPTION_KEY_FILE": Path(key_file_path),
-        "TRUSTED_PROXY": str(settings["TRUSTED_PROXY"]),
-    }
-    return settings | database.engine_settings(settings["DATABASE_URL"], ROOT / "instance")
-
-
-def _read_environment() -> dict[str, str | None]:
-    if not get_load_dotenv():
-        return {**os.environ}
-    # Flask has put the .env of the current folder, whosever it is, into the environment.
-    other = dotenv_values(find_dotenv(usecwd=True) or os.devnull)
-    environment = {name: value for name, value in os.environ.items() if other.get(name) != value}
-    return dotenv_values(ROOT / ".env") | environment
-
-
 def _is_no_access_line(record: logging.LogRecord) -> bool:
     return " - - [" not in record.msg
 
@@ -225,7 +199,7 @@ def _configure_logging(level: str) -> None:
 def create_app(config: dict[str, Any] | None = None) -> Flask:
     """Return the application; raise ClickException where the operator must act."""
     app = Flask(__name__, instance_path=str(ROOT / "instance"), static_folder=None)
-    app.config.update(_read_settings(), MAX_CONTENT_LENGTH=64 * 1024, **(config or {}))
+    app.config.update(schemas.read_settings(ROOT), MAX_CONTENT_LENGTH=64 * 1024, **(config or {}))
     _configure_logging(app.config["LOG_LEVEL"])
     app.json = schemas.JSONProvider(app)
     app.url_map.merge_slashes = False  # no redirects: an unknown path is a 404
@@ -275,7 +249,7 @@ def _stop(_number: int, _frame: object) -> None:
     raise SystemExit
 
 
-@click.command(epilog="Settings: the environment, or .env beside app.py; see .env.example.")
+@click.command(epilog=f"\b\nSettings and their defaults, from .env or the environment:\n{SETTINGS}")
 @click.version_option(VERSION)
 def main() -> None:
     """Serve on LISTEN, host:port."""

@@ -1,6 +1,5 @@
 """The database: engine, tables, transactions, the watch over the SQLite file, storage errors."""
 
-import fcntl
 import os
 import sqlite3
 from collections import namedtuple
@@ -8,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryFile
 from threading import Lock, RLock
 from time import monotonic, time_ns
 from typing import Any
@@ -78,30 +76,6 @@ def init_app(app: Flask) -> None:
             context.call_on_close(database_file.close)
 
 
-def create_tables() -> None:
-    """Create what is missing of the database; call it within storage_errors."""
-    with suppress(OSError):  # it is there, or not needed
-        Path(current_app.instance_path).mkdir(0o700)
-    # One process at a time: create_all looks first, and creates then.
-    if db.engine.dialect.name == "postgresql":
-        with db.engine.execution_options(isolation_level="READ COMMITTED").begin() as connection:
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(5741)))  # any number
-            Base.metadata.create_all(connection)
-        return
-    path = Path(str(db.engine.url.database))
-    with suppress(FileExistsError):
-        path.touch(exist_ok=False)
-        path.chmod(0o600)  # SQLite gives the files beside it the same mode
-        current_app.logger.warning("Created database %s.", path)
-    TemporaryFile(dir=path.parent).close()  # or raise PermissionError
-    with path.open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with db.engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-            Base.metadata.create_all(connection)
-        db.engine.dispose()
-
-
 @contextmanager
 def storage_errors() -> Iterator[None]:
     """Raise StorageError for the errors of files and databases."""
@@ -130,7 +104,7 @@ def report(message: str) -> None:
 
 
 def describe(error: OSError) -> str:
-    """Return the fault and, if it names a file, the users who own it and who ask for it."""
+    """Return the fault and, if it is that of a file, the users who own it and who ask for it."""
     if error.filename is None:
         return f"{error.strerror}."
     place = Path(error.filename)

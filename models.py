@@ -1,7 +1,8 @@
 """What is stored: the clients' credentials and the provider configuration."""
 
+import fcntl
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime, timezone
 from functools import cache
 from hashlib import sha256
@@ -9,7 +10,7 @@ from hmac import compare_digest
 from importlib import import_module
 from pathlib import Path
 from secrets import token_hex
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import click
 import sqlalchemy as sa
@@ -21,7 +22,6 @@ from database import (
     Base,
     DatabaseFile,
     StorageError,
-    create_tables,
     db,
     execute,
     report,
@@ -172,10 +172,33 @@ def _upsert_config(dialect: str) -> sa.Insert:
 
 def create_all() -> None:
     """Create what is missing, but no key file while something is stored."""
+    with suppress(OSError):  # it is there, or not needed
+        Path(current_app.instance_path).mkdir(0o700)
     with storage_errors():
-        create_tables()
+        # One process at a time: create_all looks first, and creates then.
+        if "database_file" in current_app.extensions:
+            _create_sqlite_file(current_app.extensions["database_file"].path)
+        else:
+            engine = db.engine.execution_options(isolation_level="READ COMMITTED")
+            with engine.begin() as connection:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(5741)))  # any number
+                Base.metadata.create_all(connection)
     if ProviderConfig.get() is None:  # or a new key could not decrypt it
         key_file.create()
+
+
+def _create_sqlite_file(path: Path) -> None:
+    with suppress(FileExistsError):
+        path.touch(exist_ok=False)
+        path.chmod(0o600)  # SQLite gives the files beside it the same mode
+        current_app.logger.warning("Created database %s.", path)
+    TemporaryFile(dir=path.parent).close()  # or raise PermissionError
+    with path.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with db.engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+            Base.metadata.create_all(connection)
+        db.engine.dispose()
 
 
 @click.command("backup")
@@ -208,12 +231,13 @@ def restore_command(file: Path) -> None:
         TemporaryDirectory() as folder,
         click.open_file(str(file), "rb") as content,
     ):
+        writer = database_file.look().writer
         copy = Path(folder, "copy")
         copy.write_bytes(content.read())
         with closing(sqlite3.connect(copy)) as source:
             if not _is_intact(source):
                 raise click.ClickException(f"{file} is no intact database of this service.")
-            source.backup(database_file.look().writer)
+            source.backup(writer)
     database_file.confirm()
     try:
         ProviderConfig.check()

@@ -1,14 +1,21 @@
 """What is validated: the settings, and the wire with its requests and response envelopes."""
 
 import json
+import os
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import click
+from dotenv import dotenv_values, find_dotenv
 from flask import abort, current_app
+from flask.helpers import get_load_dotenv
 from flask.json.provider import DefaultJSONProvider
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
 from waitress.parser import HTTPRequestParser, ParsingError
+
+from database import engine_settings
 
 NOT_EMPTY = validate.Length(1, error="Must not be empty.")
 LENGTH = validate.Length(1, 30, error="Must have 1 to 30 characters. Is a longer one the API key?")
@@ -36,6 +43,32 @@ class SettingsSchema(Schema):
         load_default="INFO", validate=validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
     )
     TRUSTED_PROXY = fields.IP(load_default="")
+
+
+def read_settings(root: Path) -> dict[str, Any]:
+    """Return the settings of the application in this folder; raise ClickException."""
+    try:
+        settings: dict[str, Any] = SettingsSchema().load(_read_environment(root))
+    except ValidationError as error:
+        raise click.ClickException(describe(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename}: {error.strerror}.") from error
+    names = settings["AI_PROVIDERS"].split(",")
+    settings["AI_PROVIDERS"] = [name.strip() for name in names if name.strip()]
+    settings["TRUSTED_PROXY"] = str(settings["TRUSTED_PROXY"])
+    # What a link names, a rotation replaces.
+    key_file_path = os.path.realpath(root / "instance" / settings["ENCRYPTION_KEY_FILE"])
+    settings["ENCRYPTION_KEY_FILE"] = Path(key_file_path)
+    return settings | engine_settings(settings["DATABASE_URL"], root / "instance")
+
+
+def _read_environment(root: Path) -> dict[str, str | None]:
+    if not get_load_dotenv():
+        return {**os.environ}
+    # Flask has put the .env of the current folder, whosever it is, into the environment.
+    other = dotenv_values(find_dotenv(usecwd=True) or os.devnull)
+    environment = {name: value for name, value in os.environ.items() if other.get(name) != value}
+    return dotenv_values(root / ".env") | environment
 
 
 def _validate_header_value(value: str) -> None:

@@ -1,46 +1,167 @@
+"""What the README says is what happens, in a checkout with the default settings."""
+
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import API_KEY, CONFIG, OTHER, StartServer, create_credential, flask
+from conftest import CONFIG, OTHER, StartServer
 from processes import ROOT, start_interpreter
+
+from app import VERSION
+from schemas import SettingsSchema
+
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture
 def checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Lay the files out as in a checkout, where the README's commands are run."""
-    (tmp_path / "instance").mkdir()
-    (tmp_path / ".venv").symlink_to(sys.prefix)
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (folder / ".venv").symlink_to(sys.prefix)
     for module in ROOT.glob("*.py"):
-        (tmp_path / module.name).symlink_to(module)
-    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path}/instance/ai-provider.db")
-    monkeypatch.setenv("ENCRYPTION_KEY_FILE", f"{tmp_path}/instance/encryption.key")
-    return tmp_path
+        shutil.copy(module, folder)
+    for name in ("DATABASE_URL", "ENCRYPTION_KEY_FILE", "FLASK_SKIP_DOTENV"):
+        monkeypatch.delenv(name)
+    return folder
 
 
-def run_block(name: str, folder: Path) -> None:
-    """Run the block of the README that is marked with this name."""
-    readme = (ROOT / "README.md").read_text()
-    (block,) = re.findall(rf"<!-- run: {name} -->\n```sh\n(.*?)```", readme, re.DOTALL)
-    subprocess.run(["bash", "-ec", block], cwd=folder, check=True)
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-ec", command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def run_block(text: str, folder: Path) -> str:
+    """Run the block of the README that has this text; return all it prints."""
+    (block,) = [
+        block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if text in block
+    ]
+    result = run(block, folder)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def create_credential(folder: Path) -> str:
+    return run(".venv/bin/flask credentials create", folder).stdout.strip()
 
 
 def test_backup_of_a_running_service_is_restored_with_its_key(
     checkout: Path, start_server: StartServer
 ) -> None:
-    server = start_server(start_interpreter("app.py"))
-    credential = create_credential()
+    credential = create_credential(checkout)
+    server = start_server(start_interpreter("app.py", cwd=checkout))
     server.put(CONFIG, credential)
     before = server.get(credential).body
-    run_block("rotate", checkout)
-    run_block("backup", checkout)
-    backups = (checkout / "backup.db", checkout / "backup.key")
-    assert {path.stat().st_mode & 0o777 for path in backups} == {0o600}
-    run_block("rotate", checkout)
+    run_block("provider rotate-key", checkout)
+    run_block("backup -", checkout)
+    copies = (checkout / "ai-provider-backup.db", checkout / "encryption-backup.key")
+    assert {path.stat().st_mode for path in copies} == {0o100600}
+    run_block("provider rotate-key", checkout)
     assert server.put(OTHER, credential).status == 200
-    server.stop()
-    run_block("restore", checkout)
-    assert start_server().get(credential).body == before
-    assert flask("provider", "show", "--reveal")[:2] == (0, f"{API_KEY}\n")
+    assert "can be read with the present encryption key" in run_block("restore -", checkout)
+    assert server.get(credential).body == before
+    run_block("sh -c 'cat > instance/encryption.key'", checkout)
+    assert server.get(credential).body == before
+
+
+def test_backup_is_restored_on_another_machine(
+    checkout: Path, start_server: StartServer, tmp_path: Path
+) -> None:
+    credential = create_credential(checkout)
+    server = start_server(start_interpreter("app.py", cwd=checkout))
+    server.put(CONFIG, credential)
+    before = server.get(credential).body
+    run_block("backup -", checkout)
+    other = tmp_path / "other"
+    shutil.copytree(checkout, other, symlinks=True, ignore=shutil.ignore_patterns("instance"))
+    server = start_server(start_interpreter("app.py", cwd=other))
+    assert server.get(credential).status == 401
+    shown = run_block("restore -", other)
+    assert "Restore the encryption key file" in shown
+    run_block("sh -c 'cat > instance/encryption.key'", other)
+    assert server.get(credential).body == before
+    assert {path.stat().st_mode for path in (other / "instance").iterdir()} == {0o100600}
+
+
+def test_command_from_another_folder_acts_on_the_same_data(checkout: Path, tmp_path: Path) -> None:
+    credential = create_credential(checkout)
+    flask = f"{checkout}/.venv/bin/flask --app {checkout}/app.py"
+    assert credential[:32] in run(f"{flask} credentials list", tmp_path).stdout
+
+
+@pytest.mark.parametrize("command", ["flask credentials list", "python app.py"])
+def test_settings_are_read_beside_the_application(checkout: Path, command: str) -> None:
+    (checkout / ".env").write_text("LOG_LEVEL=LOUD\n")
+    result = run(f".venv/bin/{command}", checkout)
+    assert result.returncode == 1
+    assert result.stderr == "Error: LOG_LEVEL: Must be one of: DEBUG, INFO, WARNING, ERROR.\n"
+
+
+def test_variable_of_the_environment_wins(checkout: Path) -> None:
+    (checkout / ".env").write_text("LOG_LEVEL=LOUD\n")
+    create = ".venv/bin/flask credentials create"
+    assert run(f"LOG_LEVEL=INFO {create}", checkout).returncode == 0
+
+
+def test_file_of_another_application_is_not_read(checkout: Path, tmp_path: Path) -> None:
+    credential = create_credential(checkout)
+    (tmp_path / ".env").write_text("DATABASE_URL=sqlite:////nowhere/other.db\n")
+    flask = f"{checkout}/.venv/bin/flask --app {checkout}/app.py"
+    assert credential[:32] in run(f"{flask} credentials list", tmp_path).stdout
+
+
+COMMANDS = [
+    "credentials list",
+    "credentials revoke x",
+    "provider show",
+    "provider clear",
+    "provider rotate-key",
+    "backup -",
+    "restore app.py",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_without_a_database_names_it_and_creates_nothing(
+    checkout: Path, command: str
+) -> None:
+    result = run(f".venv/bin/flask {command}", checkout)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert f"{checkout}/instance/ai-provider.db" in result.stderr
+    assert "DATABASE_URL" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (checkout / "instance").exists()
+
+
+def test_settings_are_documented_alike() -> None:
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.+) \| (.+) \|$", README, re.MULTILINE)
+    table = {
+        name: (meaning, default.strip("`") if "`" in default else "")
+        for name, meaning, default in rows
+    }
+    example = (ROOT / ".env.example").read_text()
+    lines = re.findall(r"^# (.+)\n#([A-Z_]+)=(.*)$", example, re.MULTILINE)
+    assert {name: (meaning, default) for meaning, name, default in lines} == table
+    defaults = {name: field.load_default for name, field in SettingsSchema().fields.items()}
+    assert {name: default for name, (_, default) in table.items()} == defaults
+
+
+def test_help_tells_every_setting_with_its_default() -> None:
+    shown, _ = start_interpreter("app.py", "--help").communicate(timeout=60)
+    for name, field in SettingsSchema().fields.items():
+        assert f"  {name}={field.load_default}\n" in shown
+
+
+def test_version_is_that_of_the_change_log() -> None:
+    shown, _ = start_interpreter("app.py", "--version").communicate(timeout=60)
+    assert shown == f"app.py, version {VERSION}\n"
+    assert re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == VERSION

@@ -1,6 +1,7 @@
 """The service as a process: what it answers, logs and keeps."""
 
 import json
+import logging
 import os
 import re
 import resource
@@ -31,7 +32,7 @@ from conftest import (
 from flask import Flask
 from processes import ROOT, start_interpreter, start_program
 
-from app import create_server
+from app import VERSION, JournalFormatter, create_server
 
 SUCCESS = {"status": "success", "data": True}
 
@@ -48,6 +49,42 @@ def test_new_interpreter_serves_both_schemes(start_server: StartServer, credenti
     assert f"INFO Provider set to 'openai' by {credential[:32]}" in log
     assert API_KEY not in log
     assert credential[33:] not in log
+
+
+def test_start_and_stop_are_logged_with_version_and_address(start_server: StartServer) -> None:
+    server = start_server()
+    log = server.stop()
+    end = f"version {VERSION} on http://127.0.0.1:{server.port}\n"
+    time = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+    assert re.search(rf"^{time} INFO Serving {end}{time} INFO Stopped {end}\Z", log, re.MULTILINE)
+
+
+def test_journal_gets_priorities_instead_of_the_time(start_server: StartServer) -> None:
+    stream = "JOURNAL_STREAM=$(stat -Lc %d:%i /proc/$$/fd/2)"
+    program = start_program("sh", "-c", f"{stream} exec {sys.executable} app.py")
+    server = start_server(program)
+    server.request("GET")
+    log = server.stop()
+    assert re.search(r"^<4>WARNING Created database ", log, re.MULTILINE)
+    assert re.search(r"^<6>INFO Serving version ", log, re.MULTILINE)
+    assert re.search(r"^<4>WARNING GET /api/v1/ai/provider 401 ", log, re.MULTILINE)
+
+
+def test_each_line_of_a_traceback_has_its_priority() -> None:
+    record = logging.LogRecord("app", logging.ERROR, "", 0, "first\nsecond", None, None)
+    formatter = JournalFormatter("%(levelname)s %(message)s")
+    assert formatter.format(record) == "<3>ERROR first\n<3>second"
+
+
+@pytest.mark.parametrize("prefix", ["", "@"], ids=["path", "abstract"])
+def test_systemd_is_told_when_the_service_answers(
+    start_server: StartServer, tmp_path: Path, prefix: str
+) -> None:
+    address = f"{tmp_path}/notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(f"\0{address}" if prefix else address)
+        start_server(NOTIFY_SOCKET=prefix + address)
+        assert systemd.recv(100) == b"READY=1"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from click import ClickException
 from conftest import (
     CONFIG,
     INTERNAL_ERROR,
@@ -228,14 +229,33 @@ def test_folder_of_the_key_file_is_created(
     assert (tmp_path / "instance" / "encryption.key").exists()
 
 
-def serve_as_nobody() -> None:
+@contextmanager
+def without_privileges() -> Iterator[None]:
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
     try:
-        serve()
+        yield
     finally:
         os.seteuid(user)
+
+
+def test_unreadable_file_of_settings_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLASK_SKIP_DOTENV")
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        Path(folder, ".env").touch(0)
+        monkeypatch.setattr("app.ROOT", Path(folder))
+        with (
+            without_privileges(),
+            pytest.raises(ClickException, match=rf"^{folder}/\.env: Permission denied\.$"),
+        ):
+            create_app()
+
+
+def serve_as_nobody() -> None:
+    with without_privileges():
+        serve()
 
 
 @pytest.mark.parametrize("name", ["ai-provider.db", "encryption.key", ""])

@@ -1,0 +1,191 @@
+import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from conftest import (
+    CONFIG,
+    OTHER,
+    OTHER_ENCRYPTION_KEY,
+    UNREADABLE,
+    Server,
+    flask,
+    reported,
+    stored,
+)
+from flask import Flask
+from flask.testing import FlaskCliRunner
+
+from models import ProviderConfig
+
+
+def put(app: Flask, provider: str) -> None:
+    with app.app_context():
+        ProviderConfig.put(provider, "key", "author")
+
+
+def restored(tmp_path: Path, file: object, state: str = "") -> str:
+    state = state or "What it holds can be read with the present encryption key."
+    return reported(f"Restored {tmp_path}/ai-provider.db from {file}. {state}")
+
+
+def test_backup_is_a_private_file_that_is_restored(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path
+) -> None:
+    backup = tmp_path / "backup"
+    put(app, "first")
+    result = runner.invoke(args=["backup", str(backup)])
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == f"Backed up {tmp_path}/ai-provider.db to {backup}.\n"
+    assert backup.stat().st_mode == 0o100600
+    put(app, "second")
+    result = runner.invoke(args=["restore", str(backup)])
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == restored(tmp_path, backup)
+    config = stored(app)
+    assert config
+    assert config.provider == "first"
+
+
+def test_backup_goes_through_pipes(app: Flask, runner: FlaskCliRunner, tmp_path: Path) -> None:
+    put(app, "first")
+    backup = runner.invoke(args=["backup", "-"]).stdout_bytes
+    put(app, "second")
+    result = runner.invoke(args=["restore", "-"], input=backup)
+    assert result.stderr == restored(tmp_path, "-")
+    config = stored(app)
+    assert config
+    assert config.provider == "first"
+
+
+def test_backup_replaces_an_older_one(app: Flask, runner: FlaskCliRunner, tmp_path: Path) -> None:
+    backup = tmp_path / "backup"
+    backup.write_bytes(b"older" * 100_000)
+    put(app, "first")
+    assert runner.invoke(args=["backup", str(backup)]).exit_code == 0
+    with closing(sqlite3.connect(backup)) as database:
+        assert database.execute("SELECT provider FROM provider_config").fetchall() == [("first",)]
+    assert [*tmp_path.glob("tmp*")] == []
+
+
+def test_backup_that_fails_leaves_the_older_one(runner: FlaskCliRunner, tmp_path: Path) -> None:
+    backup = tmp_path / "folder" / "backup"
+    result = runner.invoke(args=["backup", str(backup)])
+    assert result.exit_code == 1
+    assert "No such file or directory" in result.stderr
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def garbled(path: Path) -> None:
+    path.write_bytes(b"garbage" * 1000)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4096])
+
+
+def overwritten(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + b"x" * 4096 + content[8192:])
+
+
+def without_a_table(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("DROP TABLE credential")
+
+
+def of_another_service(path: Path) -> None:
+    path.unlink()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE credential (id)")
+
+
+@pytest.mark.parametrize(
+    "damage", [emptied, garbled, cut, overwritten, without_a_table, of_another_service]
+)
+def test_damaged_backup_changes_nothing(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path, damage: object
+) -> None:
+    backup = tmp_path / "backup"
+    put(app, "first")
+    runner.invoke(args=["backup", str(backup)])
+    assert callable(damage)
+    damage(backup)
+    put(app, "second")
+    before = stored(app)
+    result = runner.invoke(args=["restore", str(backup)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"Error: {backup} is no intact database of this service.\n"
+    assert stored(app) == before
+
+
+@pytest.mark.parametrize("command", ["backup", "restore"])
+def test_database_is_not_its_own_backup(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path, command: str
+) -> None:
+    put(app, "first")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "ai-provider.db")
+    result = runner.invoke(args=[command, str(link)])
+    assert (result.exit_code, result.stderr) == (1, f"Error: {link} is the database itself.\n")
+
+
+def test_restore_tells_when_the_key_is_another(
+    app: Flask, runner: FlaskCliRunner, key_file: Path, tmp_path: Path
+) -> None:
+    backup = tmp_path / "backup"
+    put(app, "first")
+    runner.invoke(args=["backup", str(backup)])
+    key_file.write_bytes(OTHER_ENCRYPTION_KEY)
+    result = runner.invoke(args=["restore", str(backup)])
+    assert result.exit_code == 0
+    cause = f"{key_file}: no key in it encrypted what is stored."
+    assert result.stderr == restored(tmp_path, backup, f"{cause} {UNREADABLE['message']}")
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("command", ["backup", "restore"])
+def test_postgresql_has_tools_of_its_own(runner: FlaskCliRunner, command: str) -> None:
+    result = runner.invoke(args=[command, "-"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "Error: Use pg_dump and pg_restore for a PostgreSQL database.\n"
+
+
+def test_restore_under_load_is_served_at_once_and_without_an_error(
+    server: Server, credential: str, tmp_path: Path
+) -> None:
+    backup = str(tmp_path / "backup")
+    ended = threading.Event()
+
+    def write() -> set[int]:
+        statuses = set()
+        while not ended.is_set():
+            statuses.add(server.put(OTHER, credential).status)
+        return statuses
+
+    server.put(CONFIG, credential)
+    before = server.get(credential).body
+    assert flask("backup", backup)[0] == 0
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(write) for _ in range(4)]
+        try:
+            for _ in range(5):
+                assert flask("restore", backup)[0] == 0
+        finally:
+            ended.set()
+        assert [client.result() for client in clients] == [{200}] * 4
+    assert flask("restore", backup)[0] == 0
+    assert server.get(credential).body == before
+
+
+def test_credential_of_a_backup_is_valid_again(runner: FlaskCliRunner, tmp_path: Path) -> None:
+    credential = runner.invoke(args=["credentials", "create"]).stdout.strip()
+    runner.invoke(args=["backup", str(tmp_path / "backup")])
+    runner.invoke(args=["credentials", "revoke", credential])
+    runner.invoke(args=["restore", str(tmp_path / "backup")])
+    assert credential[:32] in runner.invoke(args=["credentials", "list"]).stdout
