@@ -267,9 +267,11 @@ def main() -> None:
     host, _, port = app.config["LISTEN"].rpartition(":")
     url = f"http://{host}:{getattr(server, 'effective_port', port)}"
     app.logger.info("Serving version %s on %s", VERSION, url)
-    _notify_systemd()
-    server.run()
-    app.logger.info("Stopped version %s on %s", VERSION, url)
+    try:
+        _notify_systemd()
+        server.run()
+    finally:
+        app.logger.info("Stopped version %s on %s", VERSION, url)
 
 
 def _notify_systemd() -> None:
