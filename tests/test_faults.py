@@ -330,7 +330,9 @@ def test_unwritable_database_still_shows_what_is_set(
     assert client.put(URL, json=large, headers=auth_headers).status_code == 200
 
 
-def test_service_recovers_from_failing_writes(server: Server, credential: str) -> None:
+def test_service_recovers_from_failing_writes(
+    server: Server, credential: str, key_file: Path
+) -> None:
     server.put(CONFIG, credential)
     before = server.get(credential).body
     pid = server.process.pid
@@ -340,9 +342,15 @@ def test_service_recovers_from_failing_writes(server: Server, credential: str) -
     large = {"provider": "other", "api_key": "x" * 4096}
     assert server.put(large, credential).status == 500
     assert server.get(credential).body == before
+    key_file.rename(key_file.with_name("away"))
+    assert server.put(large, credential).status == 500
+    assert not key_file.exists()
+    key_file.with_name("away").rename(key_file)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
     assert server.put(large, credential).status == 200
-    assert "Traceback" not in server.stop()
+    log = server.stop()
+    assert "Traceback" not in log
+    assert " ERROR File too large.\n" in log
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage"], ids=["gone", "empty", "garbled"])

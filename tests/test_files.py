@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from conftest import CONFIG, OTHER, Server, StartServer, rounds, stored
+from conftest import CONFIG, INTERNAL_ERROR, OTHER, Server, StartServer, rounds, stored
 from flask import Flask
 
 from database import StorageError, execute, transaction
@@ -166,6 +166,20 @@ def test_removed_wal_is_saved_while_another_process_has_it_open(
         assert server.get(credential).body["data"]["provider"] == "p5"
         server.stop(signal.SIGKILL)
     assert start_server().get(credential).body["data"]["provider"] == "p5"
+
+
+def test_removed_wal_is_saved_once_another_process_lets_it(
+    server: Server, credential: str, tmp_path: Path
+) -> None:
+    server.put(CONFIG, credential)
+    with closing(sqlite3.connect(tmp_path / "ai-provider.db")) as database:
+        database.execute("BEGIN")
+        database.execute("SELECT * FROM provider_config").fetchall()
+        server.put(OTHER, credential)
+        (tmp_path / "ai-provider.db-wal").unlink()
+        answer = server.get(credential)
+        assert (answer.status, answer.body) == (500, INTERNAL_ERROR)
+    assert server.get(credential).body["data"]["provider"] == "other"
 
 
 def test_removed_wal_in_which_another_process_writes_is_left_to_it(
