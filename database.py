@@ -164,11 +164,12 @@ class DatabaseFile:
         if unchanged and self._inodes()[1] != self._opened[1]:
             checkpoint = self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             busy, pages, saved = checkpoint.fetchone()
+            self._written = _stat(self._names[0])[1]
             if busy and saved < max(pages, 0):
                 raise sqlite3.OperationalError("the -wal is removed, but in use")
             with suppress(OSError):
                 Path(self._names[2]).unlink()
-                if _stat(self._names[0])[1] != written:  # or it may be another process's
+                if self._written != written:  # or it may be another process's
                     Path(self._names[1]).unlink()
         if not unchanged:  # who closes last writes the -wal into it, unless that is read-only
             self.writer.close()
