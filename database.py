@@ -162,9 +162,11 @@ class DatabaseFile:
         inode, written = _stat(self._names[0])
         unchanged = inode == self._opened[0] and written == self._written
         if unchanged and self._inodes()[1] != self._opened[1]:
-            checkpoint = self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            busy, pages, saved = checkpoint.fetchone()
-            self._written = _stat(self._names[0])[1]
+            checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)"
+            try:
+                busy, pages, saved = self.writer.execute(checkpoint).fetchone()
+            finally:
+                self._written = _stat(self._names[0])[1]
             if busy and saved < max(pages, 0):
                 raise sqlite3.OperationalError("the -wal is removed, but in use")
             with suppress(OSError):
