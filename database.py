@@ -107,7 +107,7 @@ def describe(error: OSError) -> str:
     """Return the fault and, if it is that of a file, the users who own it and who ask for it."""
     if error.filename is None:
         return f"{error.strerror}."
-    place = Path(error.filename)
+    place = Path(os.path.realpath(error.filename))
     while not os.path.lexists(place):
         place = place.parent
     users = f"belongs to the user {place.lstat().st_uid}, this process to {os.geteuid()}"
