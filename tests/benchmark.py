@@ -57,7 +57,7 @@ class Server:
         """Look into the log until the server listens, 30 seconds at most."""
         for _ in range(3000):
             match = re.search(
-                r"Serving on http://127\.0\.0\.1:(\d+)", Path(self.log.name).read_text()
+                r"Serving .*on http://127\.0\.0\.1:(\d+)", Path(self.log.name).read_text()
             )
             if match:
                 return int(match[1])
