@@ -19,6 +19,7 @@ import waitress.server
 from flask import Blueprint, Flask, abort, current_app, g, jsonify, request
 from marshmallow import ValidationError
 from waitress.channel import HTTPChannel
+from waitress.trigger import trigger
 from werkzeug.exceptions import HTTPException, default_exceptions
 from werkzeug.wrappers import Response
 
@@ -217,8 +218,8 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     return app
 
 
-def create_server(app: Flask) -> Any:  # noqa: ANN401
-    """Return the server, bound to LISTEN; raise ClickException."""
+def create_server(app: Flask, sockets: dict[Any, Any]) -> Any:  # noqa: ANN401
+    """Return the server of these sockets, bound to LISTEN; raise ClickException."""
     HTTPChannel.parser_class = schemas.RequestParser
     listen, proxy = app.config["LISTEN"], app.config["TRUSTED_PROXY"]
     try:
@@ -227,6 +228,7 @@ def create_server(app: Flask) -> Any:  # noqa: ANN401
         # two threads, one commits while the other computes: more only contend.
         return waitress.server.create_server(
             app,
+            sockets,
             listen=listen,
             trusted_proxy=proxy,
             trusted_proxy_headers="x-forwarded-for" if proxy else "",
@@ -242,11 +244,25 @@ def create_server(app: Flask) -> Any:  # noqa: ANN401
         raise click.ClickException(f"Cannot listen on LISTEN={listen}: {error}") from error
 
 
-def _stop(_number: int, _frame: object) -> None:
-    # The request in work is answered; another signal does not interrupt that.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # SIG_IGN would print a race
-    raise SystemExit
+class SignalTrigger(trigger):
+    """The pipe through which SIGTERM and SIGINT end the server's loop.
+
+    They end it between two events: within one, SystemExit could leave a lock held.
+    """
+
+    trigger: int
+
+    def __init__(self, sockets: dict[Any, Any]) -> None:
+        """Have the signals write to the pipe."""
+        super().__init__(sockets)
+        os.set_blocking(self.trigger, False)
+        signal.set_wakeup_fd(self.trigger)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+
+    def handle_read(self) -> None:
+        """End the loop; the server answers the request in work."""
+        raise SystemExit
 
 
 @click.command(epilog=f"\b\nSettings and their defaults, from .env or the environment:\n{SETTINGS}")
@@ -261,17 +277,15 @@ def main() -> None:
             ProviderConfig.check()
         except StorageError as error:  # a PUT mends it
             app.logger.error("%s", error)
-    server = create_server(app)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    sockets: dict[Any, Any] = {}
+    server = create_server(app, sockets)
+    SignalTrigger(sockets)
     host, _, port = app.config["LISTEN"].rpartition(":")
     url = f"http://{host}:{getattr(server, 'effective_port', port)}"
     app.logger.info("Serving version %s on %s", VERSION, url)
-    try:
-        _notify_systemd()
-        server.run()
-    finally:
-        app.logger.info("Stopped version %s on %s", VERSION, url)
+    _notify_systemd()
+    server.run()
+    app.logger.info("Stopped version %s on %s", VERSION, url)
 
 
 def _notify_systemd() -> None:
