@@ -8,7 +8,6 @@ if __name__ == "__main__":
 import logging
 import os
 import socket
-from functools import partial
 from pathlib import Path
 from time import gmtime, perf_counter
 from typing import Any
@@ -164,8 +163,7 @@ def _finish(response: Response) -> Response:
     who = f"{g.get('api_key', '-')} {auth.parse_address(request.remote_addr) or '-'}"
     line = f"{what} {response.status_code} {milliseconds:.1f} ms {who}"
     level = logging.WARNING if response.status_code == 401 else logging.INFO
-    # Once the client has its answer, for which it need not wait longer.
-    response.call_on_close(partial(current_app.logger.log, level, line))
+    current_app.logger.log(level, line)
     return response
 
 
@@ -224,15 +222,15 @@ def create_server(app: Flask, sockets: dict[Any, Any]) -> Any:  # noqa: ANN401
     listen, proxy = app.config["LISTEN"], app.config["TRUSTED_PROXY"]
     try:
         # A stranger may send 16 KiB of headers (by default 256) and 128 KiB of body (1 GiB), and
-        # stall 500 connections (100) for 10 seconds (120), if there are descriptors for them. Of
-        # two threads, one commits while the other computes: more only contend.
+        # stall 500 connections (100) for 10 seconds (120), if there are descriptors for them. More
+        # threads than one only contend.
         return waitress.server.create_server(
             app,
             sockets,
             listen=listen,
             trusted_proxy=proxy,
             trusted_proxy_headers="x-forwarded-for" if proxy else "",
-            threads=2,
+            threads=1,
             max_request_header_size=16 * 1024,
             max_request_body_size=128 * 1024,
             connection_limit=min(500, os.sysconf("SC_OPEN_MAX") - 32),

@@ -4,10 +4,10 @@ import os
 import sqlite3
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock, RLock
+from threading import RLock
 from time import monotonic, time_ns
 from typing import Any
 
@@ -38,6 +38,8 @@ BEGIN = {
     "sqlite": "BEGIN IMMEDIATE",
     "postgresql": "BEGIN; SET LOCAL lock_timeout = 25; LOCK provider_config IN EXCLUSIVE MODE",
 }
+
+lock = RLock()  # the development server has several threads
 
 
 def engine_settings(database_url: str, folder: Path) -> dict[str, Any]:
@@ -125,29 +127,22 @@ def _stat(path: str) -> tuple[int, int]:
 class DatabaseFile:
     """The SQLite file under watch: SQLite would go on writing to files that were removed."""
 
-    writer: sqlite3.Connection
-    _reader: sqlite3.Connection
+    connection: sqlite3.Connection
+    _keeper: sqlite3.Connection
 
     def __init__(self, path: Path) -> None:
         """Open nothing before the first statement."""
         self.path, self._folder = path, str(path.parent)
         self._names = [str(path), f"{path}-wal", f"{path}-shm"]
-        self._reading, self.writing = Lock(), RLock()
         self._opened: list[int] = []
         self._written = self._folder_changed = -1
 
-    def look(self) -> "DatabaseFile":
-        """Return itself, with connections to the files that have the names now."""
+    def look(self) -> sqlite3.Connection:
+        """Return the connection to the files that have the names now."""
         if _stat(self._names[0])[1] != self._written or not self._in_place():
-            with self.writing, self._reading:
-                self.close()
-                self._open()
-        return self
-
-    def execute(self, sql: str, parameters: dict[str, Any]) -> list[Any]:
-        """Return the rows of a statement that reads, also while another one writes."""
-        with self._reading:
-            return self._reader.execute(sql, parameters).fetchall()
+            self.close()
+            self._open()
+        return self.connection
 
     def confirm(self) -> None:
         """Raise OperationalError if a restart would not show what was committed."""
@@ -164,7 +159,7 @@ class DatabaseFile:
         if unchanged and self._inodes()[1] != self._opened[1]:
             checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)"
             try:
-                busy, pages, saved = self.writer.execute(checkpoint).fetchone()
+                busy, pages, saved = self.connection.execute(checkpoint).fetchone()
             finally:
                 self._written = _stat(self._names[0])[1]
             if busy and saved < max(pages, 0):
@@ -174,15 +169,15 @@ class DatabaseFile:
                 if self._written != written:  # or it may be another process's
                     Path(self._names[1]).unlink()
         if not unchanged:  # who closes last writes the -wal into it, unless that is read-only
-            self.writer.close()
-        self._reader.close()
-        self.writer.close()
+            self.connection.close()
+        self._keeper.close()
+        self.connection.close()
         self._opened, self._folder_changed = [], -1
 
     def _open(self) -> None:
         if not self.path.is_file() or self.path.read_bytes()[:16] != b"SQLite format 3\0":
             raise sqlite3.OperationalError(f"{self.path}: no SQLite database")
-        self.writer, self._reader = self._connect("rw"), self._connect("ro")
+        self.connection, self._keeper = self._connect("rw"), self._connect("ro")
         self._opened, self._written = self._inodes(), _stat(self._names[0])[1]
 
     def _connect(self, mode: str) -> sqlite3.Connection:
@@ -219,9 +214,10 @@ def execute(statement: Statement, **parameters: object) -> list[Any]:
     """Return the rows of a statement; raise StorageError."""
     sql, defaults, row_type = _compile_statement(statement, db.engine.dialect)
     try:
-        # By the driver itself: execution by SQLAlchemy costs as much as all the rest.
-        rows = _connect().execute(sql, defaults | parameters)
-        return [*map(row_type._make, rows)] if row_type._fields else []
+        with lock:
+            # By the driver itself: execution by SQLAlchemy costs as much as all the rest.
+            rows = _connect().execute(sql, defaults | parameters)
+            return [*map(row_type._make, rows)] if row_type._fields else []
     except (OSError, sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
         raise _storage_error(error) from error
 
@@ -232,19 +228,16 @@ def transaction(patience: float = 1) -> Iterator[None]:
     extensions, now = current_app.extensions, monotonic()
     # Requests that find the database locked wait together, not one after the other.
     deadline = extensions.setdefault("locked_since", now) + patience
-    database_file = extensions.get("database_file")
-    with storage_errors(), database_file.writing if database_file else nullcontext():
-        reader = _connect()
-        g.connection = database_file.writer if database_file else reader
+    with storage_errors(), lock:
+        connection = _connect()
         try:
-            _begin(g.connection, deadline)
+            _begin(connection, deadline)
             extensions.pop("locked_since", None)
             yield
-            g.connection.commit()
+            connection.commit()
         finally:
-            g.connection.rollback()  # changes nothing after a commit
-            g.connection = reader
-        if database_file:
+            connection.rollback()  # changes nothing after a commit
+        if database_file := extensions.get("database_file"):
             database_file.confirm()
 
 
@@ -264,7 +257,7 @@ def _begin(connection: Any, deadline: float) -> None:  # noqa: ANN401
 
 
 def _connect() -> Any:  # noqa: ANN401
-    # One for a request or command: psycopg's, or SQLite's, whose files are looked at once.
+    # One for a request or command; SQLite's files are looked at once for it.
     if "connection" not in g:
         database_file = current_app.extensions.get("database_file")
         g.connection = database_file.look() if database_file else db.engine.raw_connection()

@@ -212,7 +212,7 @@ def backup_command(file: Path) -> None:
         copy = Path(private_folder, file.name)
         copy.touch(0o600)
         with closing(sqlite3.connect(copy)) as target:
-            database_file.look().writer.backup(target)
+            database_file.look().backup(target)
         if folder:
             copy.replace(file)
         else:
@@ -231,13 +231,13 @@ def restore_command(file: Path) -> None:
         TemporaryDirectory() as folder,
         click.open_file(str(file), "rb") as content,
     ):
-        writer = database_file.look().writer
+        live = database_file.look()
         copy = Path(folder, "copy")
         copy.write_bytes(content.read())
         with closing(sqlite3.connect(copy)) as source:
             if not _is_intact(source):
                 raise click.ClickException(f"{file} is no intact database of this service.")
-            source.backup(writer)
+            source.backup(live)
     database_file.confirm()
     try:
         ProviderConfig.check()

@@ -161,9 +161,7 @@ def test_not_every_request_writes(
 ) -> None:
     statements: list[str] = []
 
-    database_file = app.extensions["database_file"].look()
-    for connection in (database_file.writer, database_file._reader):
-        connection.set_trace_callback(statements.append)
+    app.extensions["database_file"].look().set_trace_callback(statements.append)
     for _ in range(5):
         client.get(URL, headers=auth_headers)
     verbs = [statement.split()[0] for statement in statements]

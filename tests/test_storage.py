@@ -1,8 +1,7 @@
 import re
 import sqlite3
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from conftest import (
     close_database,
     create_credential,
     on_both,
-    stored,
 )
 from flask import Flask
 from flask.testing import FlaskClient
@@ -33,7 +31,7 @@ from models import Credential, ProviderConfig
 
 @pytest.mark.parametrize(("pragma", "value"), [("journal_mode", "wal"), ("synchronous", 2)])
 def test_commits_are_on_disk_when_acknowledged(app: Flask, pragma: str, value: object) -> None:
-    connection = app.extensions["database_file"].look().writer
+    connection = app.extensions["database_file"].look()
     assert connection.execute(f"PRAGMA {pragma}").fetchone() == (value,)
 
 
@@ -151,45 +149,8 @@ def test_safety_of_commits_does_not_depend_on_how_sqlite_was_built(
     sqlite3_connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", connect)
     close_database(app)
-    connection = app.extensions["database_file"].look().writer
+    connection = app.extensions["database_file"].look()
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
-
-
-class SlowReader:
-    """SQLite's connection for reads, of which the first one takes long."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self.connection = connection
-        self.reads, self.continues = threading.Event(), threading.Event()
-
-    def execute(self, sql: str, parameters: dict[str, Any]) -> sqlite3.Cursor:
-        cursor = self.connection.execute(sql, parameters)
-        if not self.reads.is_set():
-            self.reads.set()
-            self.continues.wait()
-        return cursor
-
-
-def test_read_beside_a_slow_one_shows_the_last_write(app: Flask) -> None:
-    with app.app_context():
-        ProviderConfig.put("first", "key", "author")
-    database_file = app.extensions["database_file"].look()
-    reader = SlowReader(database_file._reader)
-    database_file._reader = reader
-    with ThreadPoolExecutor(2) as pool:
-        slow = pool.submit(stored, app)
-        reader.reads.wait()
-        with app.app_context():
-            ProviderConfig.put("second", "key", "author")
-        read = pool.submit(stored, app)
-        wait([read], timeout=0.2)  # for the slow one
-        reader.continues.set()
-        shown, shown_first = read.result(), slow.result()
-    assert shown_first
-    assert shown_first.provider == "first"
-    assert shown
-    assert shown.provider == "second"
-    database_file._reader = reader.connection
 
 
 def drop_tables(app: Flask) -> None:
