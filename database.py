@@ -33,12 +33,11 @@ class Base(DeclarativeBase):
 OPTIONS = {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None, "pool_pre_ping": True}
 db = SQLAlchemy(model_class=Base, engine_options=OPTIONS)
 
-# How a transaction keeps other writers out; each waits for 25 ms.
+# How a transaction keeps other writers out; it waits for them for so many milliseconds.
 BEGIN = {
-    "sqlite": "BEGIN IMMEDIATE",
-    "postgresql": "BEGIN; SET LOCAL lock_timeout = 25; LOCK provider_config IN EXCLUSIVE MODE",
+    "sqlite": ["PRAGMA busy_timeout = {}", "BEGIN IMMEDIATE"],
+    "postgresql": ["BEGIN; SET LOCAL lock_timeout = {}; LOCK provider_config IN EXCLUSIVE MODE"],
 }
-
 lock = RLock()  # the development server has several threads
 
 
@@ -78,24 +77,24 @@ def init_app(app: Flask) -> None:
             context.call_on_close(database_file.close)
 
 
-@contextmanager
-def storage_errors() -> Iterator[None]:
-    """Raise StorageError for the errors of files and databases."""
-    try:
-        yield
-    except (OSError, sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
-        raise _storage_error(error) from error
+class _StorageErrors:
+    # A class, as each statement passes here: a generator takes longer.
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, OSError):
+            raise StorageError(explain(error)) from error
+        if error and isinstance(error, (sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error)):
+            # The first line alone: PostgreSQL's others may show the row.
+            cause = str(getattr(error, "orig", error)).partition("\n")[0]
+            raise StorageError(
+                f"Database error: {cause}. Check that the database of DATABASE_URL is there,"
+                " intact, writable, not locked, and has disk space."
+            ) from error
 
 
-def _storage_error(error: Exception) -> StorageError:
-    if isinstance(error, OSError):
-        return StorageError(describe(error))
-    # The first line alone: PostgreSQL's others may show the row.
-    cause = str(getattr(error, "orig", error)).partition("\n")[0]
-    return StorageError(
-        f"Database error: {cause}. Check that the database of DATABASE_URL is there, intact,"
-        " writable, not locked, and has disk space."
-    )
+storage_errors = _StorageErrors()  # raises StorageError for the errors of files and databases
 
 
 def report(message: str) -> None:
@@ -105,7 +104,7 @@ def report(message: str) -> None:
     )
 
 
-def describe(error: OSError) -> str:
+def explain(error: OSError) -> str:
     """Return the fault and, if it is that of a file, the users who own it and who ask for it."""
     if error.filename is None:
         return f"{error.strerror}."
@@ -213,13 +212,10 @@ def _compile_statement(statement: Statement, dialect: sa.Dialect) -> tuple[str, 
 def execute(statement: Statement, **parameters: object) -> list[Any]:
     """Return the rows of a statement; raise StorageError."""
     sql, defaults, row_type = _compile_statement(statement, db.engine.dialect)
-    try:
-        with lock:
-            # By the driver itself: execution by SQLAlchemy costs as much as all the rest.
-            rows = _connect().execute(sql, defaults | parameters)
-            return [*map(row_type._make, rows)] if row_type._fields else []
-    except (OSError, sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
-        raise _storage_error(error) from error
+    with storage_errors, lock:
+        # By the driver itself: execution by SQLAlchemy costs as much as all the rest.
+        rows = _connect().execute(sql, defaults | parameters)
+        return [*map(row_type._make, rows)] if row_type._fields else []
 
 
 @contextmanager
@@ -228,10 +224,11 @@ def transaction(patience: float = 1) -> Iterator[None]:
     extensions, now = current_app.extensions, monotonic()
     # Requests that find the database locked wait together, not one after the other.
     deadline = extensions.setdefault("locked_since", now) + patience
-    with storage_errors(), lock:
+    with storage_errors, lock:
         connection = _connect()
         try:
-            _begin(connection, deadline)
+            for sql in BEGIN[db.engine.dialect.name]:
+                connection.execute(sql.format(max(10, round((deadline - now) * 1000))))
             extensions.pop("locked_since", None)
             yield
             connection.commit()
@@ -239,21 +236,6 @@ def transaction(patience: float = 1) -> Iterator[None]:
             connection.rollback()  # changes nothing after a commit
         if database_file := extensions.get("database_file"):
             database_file.confirm()
-
-
-def _begin(connection: Any, deadline: float) -> None:  # noqa: ANN401
-    while True:
-        try:
-            connection.execute(BEGIN[db.engine.dialect.name])
-        except db.engine.dialect.loaded_dbapi.Error as error:
-            is_lock = (
-                str(error) == "database is locked" or getattr(error, "sqlstate", "") == "55P03"
-            )
-            if not is_lock or monotonic() > deadline:
-                raise
-            connection.rollback()
-        else:
-            return
 
 
 def _connect() -> Any:  # noqa: ANN401

@@ -8,7 +8,7 @@ from stat import S_ISREG
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from flask import current_app
 
-from database import StorageError, describe, transaction
+from database import StorageError, explain, transaction
 
 
 class DecryptionError(StorageError):
@@ -47,7 +47,7 @@ class KeyFile:
             cause = getattr(error, "strerror", "not Fernet keys")
             raise DecryptionError(f"{path}: {cause}. {DecryptionError.public}") from error
         except OSError as error:
-            raise StorageError(f"ENCRYPTION_KEY_FILE: {describe(error)}") from error
+            raise StorageError(f"ENCRYPTION_KEY_FILE: {explain(error)}") from error
         return self.cipher
 
     def encrypt(self, text: str) -> str:

@@ -174,7 +174,7 @@ def create_all() -> None:
     """Create what is missing, but no key file while something is stored."""
     with suppress(OSError):  # it is there, or not needed
         Path(current_app.instance_path).mkdir(0o700)
-    with storage_errors():
+    with storage_errors:
         # One process at a time: create_all looks first, and creates then.
         if "database_file" in current_app.extensions:
             _create_sqlite_file(current_app.extensions["database_file"].path)
@@ -208,7 +208,7 @@ def backup_command(file: Path) -> None:
     """Write the database, as it is at one moment, to FILE or, for -, to standard output."""
     database_file = _sqlite_file(file)
     folder = None if str(file) == "-" else file.parent
-    with storage_errors(), TemporaryDirectory(dir=folder) as private_folder:
+    with storage_errors, TemporaryDirectory(dir=folder) as private_folder:
         copy = Path(private_folder, file.name)
         copy.touch(0o600)
         with closing(sqlite3.connect(copy)) as target:
@@ -227,7 +227,7 @@ def restore_command(file: Path) -> None:
     """Put the database of FILE or, for -, of standard input in the place of the present one."""
     database_file = _sqlite_file(file)
     with (
-        storage_errors(),
+        storage_errors,
         TemporaryDirectory() as folder,
         click.open_file(str(file), "rb") as content,
     ):
