@@ -26,19 +26,15 @@ import auth
 import database
 import models
 import schemas
-from database import StorageError, report
+from database import StorageError
 from encryption import key_file
 from models import ProviderConfig
 
 VERSION = "1.1.0"
 ROOT = Path(__file__).resolve().parent
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
-SETTINGS = "\n".join(
-    f"  {name}={field.load_default}" for name, field in schemas.SettingsSchema().fields.items()
-)
 NOT_SET = "No provider is set yet."
-# For errors that are raised without a message.
-MESSAGES = {
+MESSAGES = {  # for errors that are raised without one
     404: "The paths are /api/v1/ai/provider, /health and /openapi.yaml.",
     405: "This path has the methods {allow}.",
     413: "The body must be at most 64 KiB.",
@@ -113,18 +109,18 @@ def clear_command() -> None:
     provider = ProviderConfig.clear()
     if provider is None:
         raise click.ClickException(NOT_SET)
-    report(f"Removed the provider {provider!r}.")
+    database.report(f"Removed the provider {provider!r}.")
 
 
 @bp.cli.command("rotate-key")
 def rotate_key_command() -> None:
     """Encrypt with a new key; the old ones still decrypt."""
     ProviderConfig.rotate()
-    report(f"Rotated: {key_file.path} has a new first key.")
+    database.report(f"Rotated: {key_file.path} has a new first key.")
 
 
 def _handle_validation_error(error: ValidationError) -> tuple[dict[str, object], int]:
-    return schemas.failure(400, schemas.describe(error), error.messages_dict), 400
+    return schemas.failure(400, schemas.summarize(error), error.messages_dict), 400
 
 
 def _handle_storage_error(error: StorageError) -> Response:
@@ -145,13 +141,13 @@ def _handle_http_exception(error: HTTPException) -> Response:
     return response
 
 
-def _begin() -> None:
+def _begin_request() -> None:
     g.started = perf_counter()
     if request.environ.get("REQUEST_URI", "").startswith("//"):
         abort(404)  # waitress strips a slash
 
 
-def _finish(response: Response) -> Response:
+def _finish_request(response: Response) -> Response:
     # Keep secrets out of caches, and browsers from guessing a type (OWASP).
     response.headers["Cache-Control"] = "no-store"
     response.headers["X-Content-Type-Options"] = "nosniff"
@@ -160,10 +156,9 @@ def _finish(response: Response) -> Response:
         del response.headers["Content-Type"]
     what = quote(f"{request.method} {request.path}", safe="/ ")[:200]
     milliseconds = (perf_counter() - g.started) * 1000
-    who = f"{g.get('api_key', '-')} {auth.parse_address(request.remote_addr) or '-'}"
-    line = f"{what} {response.status_code} {milliseconds:.1f} ms {who}"
+    who = f"{g.get('api_key', '-')} {auth.parse_address(request.remote_addr)}"
     level = logging.WARNING if response.status_code == 401 else logging.INFO
-    current_app.logger.log(level, line)
+    current_app.logger.log(level, f"{what} {response.status_code} {milliseconds:.1f} ms {who}")
     return response
 
 
@@ -171,11 +166,9 @@ def _is_no_access_line(record: logging.LogRecord) -> bool:
     return " - - [" not in record.msg
 
 
-class JournalFormatter(logging.Formatter):
-    """Lines with the priority that journald reads (sd-daemon(3)); it adds the time."""
-
+class _JournalFormatter(logging.Formatter):
+    # Begins each line with the priority that journald reads (sd-daemon(3)).
     def format(self, record: logging.LogRecord) -> str:
-        """Return a record, each line of which begins with its priority."""
         prefix = f"<{PRIORITIES[record.levelname]}>"
         return prefix + super().format(record).replace("\n", f"\n{prefix}")
 
@@ -185,7 +178,7 @@ def _configure_logging(level: str) -> None:
     formatter.converter = gmtime
     stream = os.fstat(2)
     if os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}":
-        formatter = JournalFormatter("%(levelname)s %(message)s")
+        formatter = _JournalFormatter("%(levelname)s %(message)s")
     handler = logging.StreamHandler()
     handler.setFormatter(formatter)
     logging.basicConfig(handlers=[handler], level=level)
@@ -208,8 +201,8 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app.register_blueprint(bp)
     app.add_url_rule("/health", view_func=check_health)
     app.add_url_rule("/openapi.yaml", view_func=show_document)
-    app.before_request(_begin)
-    app.after_request(_finish)
+    app.before_request(_begin_request)
+    app.after_request(_finish_request)
     app.register_error_handler(ValidationError, _handle_validation_error)
     app.register_error_handler(StorageError, _handle_storage_error)
     app.register_error_handler(HTTPException, _handle_http_exception)
@@ -222,15 +215,14 @@ def create_server(app: Flask, sockets: dict[Any, Any]) -> Any:  # noqa: ANN401
     listen, proxy = app.config["LISTEN"], app.config["TRUSTED_PROXY"]
     try:
         # A stranger may send 16 KiB of headers (by default 256) and 128 KiB of body (1 GiB), and
-        # stall 500 connections (100) for 10 seconds (120), if there are descriptors for them. More
-        # threads than one only contend.
+        # stall 500 connections (100) for 10 seconds (120), if there are descriptors for them.
         return waitress.server.create_server(
             app,
             sockets,
             listen=listen,
             trusted_proxy=proxy,
             trusted_proxy_headers="x-forwarded-for" if proxy else "",
-            threads=1,
+            threads=1,  # more only contend
             max_request_header_size=16 * 1024,
             max_request_body_size=128 * 1024,
             connection_limit=min(500, os.sysconf("SC_OPEN_MAX") - 32),
@@ -242,16 +234,12 @@ def create_server(app: Flask, sockets: dict[Any, Any]) -> Any:  # noqa: ANN401
         raise click.ClickException(f"Cannot listen on LISTEN={listen}: {error}") from error
 
 
-class SignalTrigger(trigger):
-    """The pipe through which SIGTERM and SIGINT end the server's loop.
-
-    They end it between two events: within one, SystemExit could leave a lock held.
-    """
-
+class _SignalTrigger(trigger):
+    # The pipe through which SIGTERM and SIGINT end the loop, while this thread holds no lock, as
+    # it may where a signal strikes. The server then answers the request in work.
     trigger: int
 
     def __init__(self, sockets: dict[Any, Any]) -> None:
-        """Have the signals write to the pipe."""
         super().__init__(sockets)
         os.set_blocking(self.trigger, False)
         signal.set_wakeup_fd(self.trigger)
@@ -259,38 +247,32 @@ class SignalTrigger(trigger):
             signal.signal(number, lambda *_: None)
 
     def handle_read(self) -> None:
-        """End the loop; the server answers the request in work."""
         raise SystemExit
 
 
-@click.command(epilog=f"\b\nSettings and their defaults, from .env or the environment:\n{SETTINGS}")
+@click.command(epilog=schemas.SETTINGS_HELP)
 @click.version_option(VERSION)
 def main() -> None:
     """Serve on LISTEN, host:port."""
     app = create_app()
     with app.app_context():
         models.create_all()
-        key_file.check()
+        key_file.inspect()
         try:
             ProviderConfig.check()
         except StorageError as error:  # a PUT mends it
             app.logger.error("%s", error)
     sockets: dict[Any, Any] = {}
     server = create_server(app, sockets)
-    SignalTrigger(sockets)
+    _SignalTrigger(sockets)
     host, _, port = app.config["LISTEN"].rpartition(":")
     url = f"http://{host}:{getattr(server, 'effective_port', port)}"
     app.logger.info("Serving version %s on %s", VERSION, url)
-    _notify_systemd()
+    if address := os.environ.get("NOTIFY_SOCKET"):  # `systemctl start` waits (sd_notify(3))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.sendto(b"READY=1", address.replace("@", "\0", 1))
     server.run()
     app.logger.info("Stopped version %s on %s", VERSION, url)
-
-
-def _notify_systemd() -> None:
-    # So that `systemctl start` waits, and fails with the start (sd_notify(3)).
-    if address := os.environ.get("NOTIFY_SOCKET"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
-            connection.sendto(b"READY=1", address.replace("@", "\0", 1))
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ def parse_authorization(header: str) -> tuple[str, str] | None:
 
 
 def parse_address(text: str | None) -> str:
-    """Return an IP address in its usual form, and nothing for any other text."""
+    """Return an IP address in its usual form, and - for any other text."""
     try:
         return str(ip_address(text or ""))
     except ValueError:
-        return ""
+        return "-"
 
 
 def authenticate() -> None:

@@ -126,9 +126,6 @@ def _stat(path: str) -> tuple[int, int]:
 class DatabaseFile:
     """The SQLite file under watch: SQLite would go on writing to files that were removed."""
 
-    connection: sqlite3.Connection
-    _keeper: sqlite3.Connection
-
     def __init__(self, path: Path) -> None:
         """Open nothing before the first statement."""
         self.path, self._folder = path, str(path.parent)

@@ -77,7 +77,7 @@ class KeyFile:
             keys = Fernet.generate_key() + b"\n" + self.path.read_bytes()
             self._write(keys, replaced=self.path.stat())
 
-    def check(self) -> None:
+    def inspect(self) -> None:
         """Remove what a killed rotation left; raise StorageError, or warn of others' access."""
         leftover = Path(f"{self.path}.new")
         if leftover.exists():  # or another process is about to rename it

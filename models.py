@@ -18,16 +18,8 @@ from flask import current_app
 from flask.cli import with_appcontext
 from sqlalchemy.orm import Mapped, mapped_column
 
-from database import (
-    Base,
-    DatabaseFile,
-    StorageError,
-    db,
-    execute,
-    report,
-    storage_errors,
-    transaction,
-)
+import database
+from database import Base, StorageError, db, execute, report, storage_errors, transaction
 from encryption import DecryptionError, key_file
 
 
@@ -226,19 +218,14 @@ def backup_command(file: Path) -> None:
 def restore_command(file: Path) -> None:
     """Put the database of FILE or, for -, of standard input in the place of the present one."""
     database_file = _sqlite_file(file)
-    with (
-        storage_errors,
-        TemporaryDirectory() as folder,
-        click.open_file(str(file), "rb") as content,
-    ):
-        live = database_file.look()
-        copy = Path(folder, "copy")
-        copy.write_bytes(content.read())
+    with storage_errors, TemporaryDirectory() as folder, click.open_file(str(file), "rb") as data:
+        present, copy = database_file.look(), Path(folder, "copy")
+        copy.write_bytes(data.read())
         with closing(sqlite3.connect(copy)) as source:
             if not _is_intact(source):
-                raise click.ClickException(f"{file} is no intact database of this service.")
-            source.backup(live)
-    database_file.confirm()
+                raise click.ClickException(f"{file} is not an intact database of the service.")
+            source.backup(present)
+        database_file.confirm()
     try:
         ProviderConfig.check()
         state = "What it holds can be read with the present encryption key."
@@ -247,8 +234,8 @@ def restore_command(file: Path) -> None:
     report(f"Restored {database_file.path} from {file}. {state}")
 
 
-def _sqlite_file(other: Path) -> DatabaseFile:
-    database_file: DatabaseFile | None = current_app.extensions.get("database_file")
+def _sqlite_file(other: Path) -> database.DatabaseFile:
+    database_file: database.DatabaseFile | None = current_app.extensions.get("database_file")
     if not database_file:
         raise click.ClickException("Use pg_dump and pg_restore for a PostgreSQL database.")
     if other.resolve() == database_file.path.resolve():
@@ -256,10 +243,10 @@ def _sqlite_file(other: Path) -> DatabaseFile:
     return database_file
 
 
-def _is_intact(database: sqlite3.Connection) -> bool:
+def _is_intact(copy: sqlite3.Connection) -> bool:
     try:
         for table in Base.metadata.sorted_tables:
-            database.execute(str(sa.select(table)))
-        return database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            copy.execute(str(sa.select(table)))
+        return copy.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     except sqlite3.Error:
         return False

@@ -45,12 +45,17 @@ class SettingsSchema(Schema):
     TRUSTED_PROXY = fields.IP(load_default="")
 
 
+SETTINGS_HELP = "\b\nSettings and their defaults, from .env or the environment:" + "".join(
+    f"\n  {name}={field.load_default}" for name, field in SettingsSchema().fields.items()
+)
+
+
 def read_settings(root: Path) -> dict[str, Any]:
     """Return the settings of the application in this folder; raise ClickException."""
     try:
         settings: dict[str, Any] = SettingsSchema().load(_read_environment(root))
     except ValidationError as error:
-        raise click.ClickException(describe(error)) from error
+        raise click.ClickException(summarize(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error.filename}: {error.strerror}.") from error
     names = settings["AI_PROVIDERS"].split(",")
@@ -151,7 +156,7 @@ class RequestParser(HTTPRequestParser):
             raise ParsingError("Malformed header") from error
 
 
-def describe(error: ValidationError) -> str:
+def summarize(error: ValidationError) -> str:
     """Return the names and messages of what is invalid on one line."""
     fields_and_messages = sorted(error.messages_dict.items())
     return " ".join(f"{field}: {' '.join(messages)}" for field, messages in fields_and_messages)

@@ -32,7 +32,7 @@ from conftest import (
 from flask import Flask
 from processes import ROOT, start_interpreter, start_program
 
-from app import VERSION, JournalFormatter, create_server
+from app import VERSION, _JournalFormatter, create_server
 
 SUCCESS = {"status": "success", "data": True}
 
@@ -72,7 +72,7 @@ def test_journal_gets_priorities_instead_of_the_time(start_server: StartServer) 
 
 def test_each_line_of_a_traceback_has_its_priority() -> None:
     record = logging.LogRecord("app", logging.ERROR, "", 0, "first\nsecond", None, None)
-    formatter = JournalFormatter("%(levelname)s %(message)s")
+    formatter = _JournalFormatter("%(levelname)s %(message)s")
     assert formatter.format(record) == "<3>ERROR first\n<3>second"
 
 
