@@ -69,6 +69,8 @@ def init_app(app: Flask) -> None:
         db.init_app(app)
     except ImportError as error:
         raise StorageError("PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'") from error
+    with app.app_context():
+        app.extensions["dialect"] = db.engine.dialect
     app.teardown_appcontext(_close_connection)
     url = app.config["SQLALCHEMY_DATABASE_URI"]
     if url.drivername == "sqlite":
@@ -208,7 +210,7 @@ def _compile_statement(statement: Statement, dialect: sa.Dialect) -> tuple[str, 
 
 def execute(statement: Statement, **parameters: object) -> list[Any]:
     """Return the rows of a statement; raise StorageError."""
-    sql, defaults, row_type = _compile_statement(statement, db.engine.dialect)
+    sql, defaults, row_type = _compile_statement(statement, current_app.extensions["dialect"])
     with storage_errors, lock:
         # By the driver itself: execution by SQLAlchemy costs as much as all the rest.
         rows = _connect().execute(sql, defaults | parameters)
@@ -224,7 +226,7 @@ def transaction(patience: float = 1) -> Iterator[None]:
     with storage_errors, lock:
         connection = _connect()
         try:
-            for sql in BEGIN[db.engine.dialect.name]:
+            for sql in BEGIN[extensions["dialect"].name]:
                 connection.execute(sql.format(max(10, round((deadline - now) * 1000))))
             extensions.pop("locked_since", None)
             yield
@@ -237,10 +239,12 @@ def transaction(patience: float = 1) -> Iterator[None]:
 
 def _connect() -> Any:  # noqa: ANN401
     # One for a request or command; SQLite's files are looked at once for it.
-    if "connection" not in g:
+    connection = g.get("connection")
+    if connection is None:
         database_file = current_app.extensions.get("database_file")
-        g.connection = database_file.look() if database_file else db.engine.raw_connection()
-    return g.connection
+        connection = database_file.look() if database_file else db.engine.raw_connection()
+        g.connection = connection
+    return connection
 
 
 def _close_connection(_error: BaseException | None) -> None:

@@ -1,7 +1,6 @@
 """The encryption key file."""
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from stat import S_ISREG
 
@@ -51,8 +50,13 @@ class KeyFile:
         return self.cipher
 
     def encrypt(self, text: str) -> str:
-        """Return the text, encrypted with the newest key."""
-        return self.read().encrypt(text.encode()).decode()
+        """Return the text, encrypted with the newest key, in a transaction; raise StorageError."""
+        try:
+            cipher = self.read()
+        except DecryptionError:
+            self.create()  # in the place of a lost one: what that encrypted is to be replaced
+            cipher = self.read()
+        return cipher.encrypt(text.encode()).decode()
 
     def decrypt(self, token: str) -> str:
         """Return the text of a token; raise StorageError."""
@@ -63,10 +67,8 @@ class KeyFile:
             raise DecryptionError(f"{cause} {DecryptionError.public}") from error
 
     def create(self) -> None:
-        """Generate the file with one key, unless anything has its name."""
-        if os.path.lexists(self.path):
-            return
-        with transaction(), suppress(FileExistsError):  # another process was first
+        """Generate the file with one key, unless anything has its name, in a transaction."""
+        if not os.path.lexists(self.path):
             self._write(Fernet.generate_key() + b"\n")
             current_app.logger.warning("Generated encryption key file %s.", self.path)
 

@@ -116,10 +116,9 @@ class ProviderConfig(Base):
     @classmethod
     def put(cls, provider: str, api_key: str, updated_by: str) -> None:
         """Encrypt the API key and store the configuration, replacing any other."""
-        key_file.create()  # in the place of a lost one: what that encrypted is replaced here
         with transaction():
             execute(
-                _upsert_config(db.engine.dialect.name),
+                _upsert_config(current_app.extensions["dialect"].name),
                 id=1,
                 provider=provider,
                 # Not before: a rotation would miss what waits here with an older key.
@@ -175,8 +174,10 @@ def create_all() -> None:
             with engine.begin() as connection:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(5741)))  # any number
                 Base.metadata.create_all(connection)
-    if ProviderConfig.get() is None:  # or a new key could not decrypt it
-        key_file.create()
+    # While something is stored, a new key could not decrypt it.
+    if ProviderConfig.get() is None and not key_file.path.exists():
+        with transaction():
+            key_file.create()
 
 
 def _create_sqlite_file(path: Path) -> None:

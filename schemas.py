@@ -139,10 +139,13 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def _require_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    counts = Counter(name for name, _ in pairs)
-    if repeated := {name: ["Given more than once."] for name in counts if counts[name] > 1}:
-        raise ValidationError(repeated)
-    return dict(pairs)
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValidationError(
+            {name: ["Given more than once."] for name in counts if counts[name] > 1}
+        )
+    return value
 
 
 class RequestParser(HTTPRequestParser):
