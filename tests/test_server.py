@@ -225,7 +225,7 @@ def test_connections_have_a_limit(server: Server) -> None:
 
 
 def is_socket(link: Path) -> bool:
-    return str(link.readlink()).startswith("socket:")
+    return "socket:" in os.path.realpath(link)  # of one that ends, too
 
 
 def test_one_thread_works(server: Server) -> None:
