@@ -88,5 +88,7 @@ def revoke_command(api_key: str) -> None:
     """Make the credential of this API key invalid from the next request on."""
     api_key = api_key.partition(":")[0]  # of the whole credential, too
     if not Credential.revoke(api_key):
-        raise click.ClickException("No credential has this API key; see: flask credentials list.")
+        raise click.ClickException(
+            "No credential has this API key; see: .venv/bin/flask credentials list"
+        )
     report(f"Revoked {api_key}.")

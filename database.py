@@ -107,9 +107,9 @@ def report(message: str) -> None:
 
 
 def explain(error: OSError) -> str:
-    """Return the fault and, if it is that of a file, the users who own it and who ask for it."""
-    if error.filename is None:
-        return f"{error.strerror}."
+    """Return the fault and, where access is denied, who owns the file and who asks for it."""
+    if not isinstance(error, PermissionError):
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     place = Path(os.path.realpath(error.filename))
     while not os.path.lexists(place):
         place = place.parent

@@ -18,13 +18,16 @@ from waitress.parser import HTTPRequestParser, ParsingError
 from database import engine_settings
 
 NOT_EMPTY = validate.Length(1, error="Must not be empty.")
-LENGTH = validate.Length(1, 30, error="Must have 1 to 30 characters. Is a longer one the API key?")
+NAME_LENGTH = validate.Length(
+    1, 30, error="Must have 1 to 30 characters. Is a longer one the API key?"
+)
+API_KEY_LENGTH = validate.Length(1, 4096, error="Must have 1 to 4096 characters.")
 
 
 def _validate_host_and_port(value: str) -> None:
     match = re.fullmatch(r"(\[[^\s\]]+\]|[^\s:]+):(\d{1,5})", value)
     if not match or int(match[2]) > 65535:
-        raise ValidationError("Must be host:port, as 127.0.0.1:8080 or [::1]:8080.")
+        raise ValidationError("Must be host:port, such as 127.0.0.1:8080 or [::1]:8080.")
 
 
 class SettingsSchema(Schema):
@@ -101,11 +104,9 @@ class ProviderSchema(Schema):
     """A provider configuration, as a PUT sets it and a GET shows it."""
 
     provider = fields.String(
-        required=True, validate=[LENGTH, _validate_header_value, _validate_allowed]
+        required=True, validate=[NAME_LENGTH, _validate_header_value, _validate_allowed]
     )
-    api_key = SecretString(
-        required=True, validate=[validate.Length(1, 4096), _validate_header_value]
-    )
+    api_key = SecretString(required=True, validate=[API_KEY_LENGTH, _validate_header_value])
     updated_at = fields.String(dump_only=True)
     updated_by = fields.String(dump_only=True)
 

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from itertools import count
 from pathlib import Path
@@ -22,17 +23,19 @@ from statistics import median
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
+PATH = "/api/v1/ai/provider"
 ROUNDS = 8
 SECONDS = 0.5
 MANY = 100_000
 
 
 class Result(NamedTuple):
-    """One run: requests per second, latencies in ms, answers other than 200."""
+    """One run: requests per second, ms of latency, ms of the processor, answers other than 200."""
 
     rate: float
     median: float
     p99: float
+    processor: float
     errors: int
 
 
@@ -40,7 +43,7 @@ class Server:
     """A server process that logs to a file."""
 
     def __init__(self, name: str, folder: Path, command: list[str], token: str = "") -> None:
-        self.name, self.token = name, token
+        self.name, self.folder, self.token = name, folder, token
         self.log = (folder / f"{name}.log").open("w+")
         started = time.perf_counter()
         self.process = subprocess.Popen(
@@ -69,6 +72,11 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) / 1024
 
+    def processor_time(self) -> float:
+        """Return how many ms the process has computed, according to the operating system."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") * 1000
+
     def run(self, method: str, path: str, clients: int, seconds: float) -> Result:
         """Send requests on kept-alive connections for this long, at least one each."""
         latencies: list[float] = []
@@ -91,15 +99,16 @@ class Server:
                         return
 
         threads = [threading.Thread(target=send) for _ in range(clients)]
-        started = time.perf_counter()
+        started, processor = time.perf_counter(), self.processor_time()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         rate = len(latencies) / (time.perf_counter() - started)
+        processor = (self.processor_time() - processor) / len(latencies)
         latencies.sort()
         p99 = latencies[int(len(latencies) * 0.99)]
-        return Result(rate, median(latencies), p99, len(errors))
+        return Result(rate, median(latencies), p99, processor, len(errors))
 
 
 def request(method: str, path: str, token: str, number: int) -> bytes:
@@ -209,46 +218,79 @@ def servers() -> Iterator[dict[str, Server]]:
         yield {server.name: server for server in started}
 
 
+@contextmanager
+def computing(processes: int) -> Iterator[None]:
+    """Have so many processes compute meanwhile, two minutes at most."""
+    program = "import time\nend = time.time() + 120\nwhile time.time() < end: pass"
+    running = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def compare(cases: list[tuple[str, str, Server, str]], clients: int, beside: int) -> None:
+    """Run these cases in turns, and print their medians and the ratios to the floor's."""
+    results: dict[tuple[str, str], list[Result]] = {}
+    with computing(beside):
+        for _ in range(ROUNDS):
+            for method, name, server, where in cases:
+                result = server.run(method, where, clients, SECONDS)
+                results.setdefault((method, name), []).append(result)
+    print(f"\nClients: {clients}, processes that compute beside them: {beside}")
+    line = "{:6} {:20} {:>6} {:>9} {:>7} {:>12} {:>6} | {:>10} {:>12} {:>14} {:>10}".format
+    print(line("method", "server", "per s", "median ms", "p99 ms", "processor ms", "errors",
+               "rate/floor", "median/floor", "processor/floor", "p99/median"))  # fmt: skip
+    for (method, name), runs in results.items():
+        rate, middle, p99, processor, _ = (median(values) for values in zip(*runs, strict=True))
+        floor = [median(values) for values in zip(*results[method, "floor"], strict=True)]
+        ratios = (rate / floor[0], middle / floor[1], processor / floor[3], p99 / middle)
+        errors = sum(result.errors for result in runs)
+        print(line(method, name, f"{rate:.0f}", f"{middle:.2f}", f"{p99:.2f}", f"{processor:.3f}",
+                   errors, *(f"{ratio:.2f}" for ratio in ratios)))  # fmt: skip
+
+
+def wait_for_lock(service: Server) -> None:
+    """Print how long reads take while 20 PUTs wait for a database that is locked."""
+    path = service.folder / "ai-provider.db"
+    with closing(sqlite3.connect(path)) as database, ThreadPoolExecutor(1) as pool:
+        database.execute("BEGIN IMMEDIATE")
+        puts = pool.submit(service.run, "PUT", PATH, 20, 0)
+        time.sleep(0.1)  # so that they all are there
+        read, health = service.run("GET", PATH, 1, 0), service.run("GET", "/health", 1, 0)
+        print(
+            f"\n20 PUTs that wait for a locked database: GET {read.p99:.0f} ms, then /health"
+            f" {health.p99:.0f} ms; the last PUT {puts.result().p99:.0f} ms,"
+            f" {puts.result().errors} errors"
+        )
+
+
 def main() -> None:
-    """Run everything in turns, and print medians and their ratios to the floor."""
-    path = "/api/v1/ai/provider"
+    """Run everything in turns."""
     with servers() as running:
         service, many, floor = running.values()
         cases = [
             ("PUT", "floor", floor, "/raw"),
-            ("PUT", service.name, service, path),
-            ("PUT", many.name, many, path),
+            ("PUT", service.name, service, PATH),
+            ("PUT", many.name, many, PATH),
             ("GET", "floor", floor, "/raw"),
-            ("GET", service.name, service, path),
-            ("GET", many.name, many, path),
+            ("GET", service.name, service, PATH),
+            ("GET", many.name, many, PATH),
             ("GET", "bare Flask view", floor, "/bare"),
         ]
-        results: dict[tuple[str, str, int], list[Result]] = {}
-        for _ in range(ROUNDS):
-            for clients in (1, 8):
-                for method, name, server, where in cases:
-                    result = server.run(method, where, clients, SECONDS)
-                    results.setdefault((method, name, clients), []).append(result)
-        line = "{:6} {:20} {:>7} {:>8} {:>9} {:>8} {:>7} {:>12} {:>10}".format
-        print(line("method", "server", "clients", "per s", "median ms", "p99 ms", "errors",
-                   "median/floor", "rate/floor"))  # fmt: skip
-        for (method, name, clients), runs in results.items():
-            rate, middle, p99, _ = (median(values) for values in zip(*runs, strict=True))
-            base = results[method, "floor", clients]
-            slower = middle / median(result.median for result in base)
-            share = rate / median(result.rate for result in base)
-            errors = sum(result.errors for result in runs)
-            print(line(method, name, clients, f"{rate:.0f}", f"{middle:.2f}", f"{p99:.2f}",
-                       errors, f"{slower:.2f}", f"{share:.2f}"))  # fmt: skip
+        for clients, beside in ((1, 0), (8, 0), (8, 2)):
+            compare(cases, clients, beside)
+        wait_for_lock(service)
         print()
         for server in running.values():
             print(
                 f"{server.name}: {server.start_up:.2f} s to the first answer,"
                 f" {server.idle:.0f} MiB idle, {server.memory():.0f} MiB after the run"
             )
-        with tempfile.TemporaryDirectory() as folder:
-            started = time.perf_counter()
-            flask(Path(folder), "credentials", "list")
+        started = time.perf_counter()
+        flask(service.folder, "credentials", "list")
         print(f"flask credentials list: {time.perf_counter() - started:.2f} s")
 
 

@@ -79,7 +79,7 @@ def test_revoke_of_an_unknown_credential_is_an_error(
     result = runner.invoke(args=revoke)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
-        "Error: No credential has this API key; see: flask credentials list.\n"
+        "Error: No credential has this API key; see: .venv/bin/flask credentials list\n"
     )
 
 

@@ -17,7 +17,7 @@ TYPE = "Not a valid string."
 MISSING = "Missing data for required field."
 LENGTHS = {
     "provider": "Must have 1 to 30 characters. Is a longer one the API key?",
-    "api_key": "Length must be between 1 and 4096.",
+    "api_key": "Must have 1 to 4096 characters.",
 }
 
 

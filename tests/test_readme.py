@@ -26,6 +26,7 @@ def checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         shutil.copy(module, folder)
     for name in ("DATABASE_URL", "ENCRYPTION_KEY_FILE", "FLASK_SKIP_DOTENV"):
         monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
     return folder
 
 
@@ -55,7 +56,7 @@ def create_credential(folder: Path) -> str:
 
 
 def test_backup_of_a_running_service_is_restored_with_its_key(
-    checkout: Path, start_server: StartServer
+    checkout: Path, start_server: StartServer, tmp_path: Path
 ) -> None:
     credential = create_credential(checkout)
     server = start_server(start_interpreter("app.py", cwd=checkout))
@@ -63,7 +64,7 @@ def test_backup_of_a_running_service_is_restored_with_its_key(
     before = server.get(credential).body
     run_block("provider rotate-key", checkout)
     run_block("backup -", checkout)
-    copies = (checkout / "ai-provider-backup.db", checkout / "encryption-backup.key")
+    copies = (tmp_path / "ai-provider-backup.db", tmp_path / "encryption-backup.key")
     assert {path.stat().st_mode for path in copies} == {0o100600}
     run_block("provider rotate-key", checkout)
     assert server.put(OTHER, credential).status == 200

@@ -60,7 +60,7 @@ RULES = {
     "AI_PROVIDERS": "Must not be empty.",
     "DATABASE_URL": "Must not be empty.",
     "ENCRYPTION_KEY_FILE": "Must not be empty.",
-    "LISTEN": "Must be host:port, as 127.0.0.1:8080 or [::1]:8080.",
+    "LISTEN": "Must be host:port, such as 127.0.0.1:8080 or [::1]:8080.",
     "LOG_LEVEL": "Must be one of: DEBUG, INFO, WARNING, ERROR.",
     "TRUSTED_PROXY": "Not a valid IP address.",
 }
