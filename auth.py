@@ -40,7 +40,7 @@ def parse_authorization(header: str) -> tuple[str, str] | None:
 def parse_address(text: str | None) -> str:
     """Return an IP address in its usual form, and - for any other text."""
     try:
-        return str(ip_address(text or ""))
+        return str(ip_address((text or "").partition("%")[0]))  # without the zone, any text
     except ValueError:
         return "-"
 
@@ -87,8 +87,8 @@ def list_command() -> None:
 def revoke_command(api_key: str) -> None:
     """Make the credential of this API key invalid from the next request on."""
     api_key = api_key.partition(":")[0]  # of the whole credential, too
-    if not Credential.revoke(api_key):
+    if not api_key.isascii() or not Credential.revoke(api_key):
         raise click.ClickException(
-            "No credential has this API key; see: .venv/bin/flask credentials list"
+            "No credential has this API key. `flask credentials list` shows those that exist."
         )
     report(f"Revoked {api_key}.")

@@ -30,8 +30,12 @@ class Base(DeclarativeBase):
 
 
 # A server of PostgreSQL may have been restarted since the last request.
-OPTIONS = {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None, "pool_pre_ping": True}
-db = SQLAlchemy(model_class=Base, engine_options=OPTIONS)
+ENGINE_OPTIONS = {
+    "isolation_level": "AUTOCOMMIT",
+    "pool_reset_on_return": None,
+    "pool_pre_ping": True,
+}
+db = SQLAlchemy(model_class=Base, engine_options=ENGINE_OPTIONS)
 
 # How a transaction keeps other writers out; it waits for them for so many milliseconds.
 BEGIN = {
@@ -76,7 +80,11 @@ def init_app(app: Flask) -> None:
     if url.drivername == "sqlite":
         app.extensions["database_file"] = database_file = DatabaseFile(Path(url.database))
         if context := click.get_current_context(silent=True):
-            context.call_on_close(database_file.close)
+
+            @context.call_on_close
+            def _close_file() -> None:
+                with app.app_context():
+                    database_file.close()
 
 
 class _StorageErrors:
@@ -89,7 +97,7 @@ class _StorageErrors:
             raise StorageError(explain(error)) from error
         if error and isinstance(error, (sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error)):
             # The first line alone: PostgreSQL's others may show the row.
-            cause = str(getattr(error, "orig", error)).partition("\n")[0]
+            cause = str(getattr(error, "orig", error)).partition("\n")[0].rstrip(".")
             raise StorageError(
                 f"Database error: {cause}. Check that the database of DATABASE_URL is there,"
                 " intact, writable, not locked, and has disk space."
@@ -108,13 +116,14 @@ def report(message: str) -> None:
 
 def explain(error: OSError) -> str:
     """Return the fault and, where access is denied, who owns the file and who asks for it."""
-    if not isinstance(error, PermissionError):
-        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    fault = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    if not error.filename or not isinstance(error, PermissionError):
+        return fault
     place = Path(os.path.realpath(error.filename))
     while not os.path.lexists(place):
         place = place.parent
-    users = f"belongs to the user {place.lstat().st_uid}, this process to {os.geteuid()}"
-    return f"{error.filename}: {error.strerror}. {place} {users}."
+    users = f"belongs to user {place.lstat().st_uid}; this process runs as user {os.geteuid()}"
+    return f"{fault} {place} {users}."
 
 
 def _stat(path: str) -> tuple[int, int]:
@@ -130,53 +139,62 @@ class DatabaseFile:
 
     def __init__(self, path: Path) -> None:
         """Open nothing before the first statement."""
-        self.path, self._folder = path, str(path.parent)
-        self._names = [str(path), f"{path}-wal", f"{path}-shm"]
+        self.path, self._names = path, [str(path)]
         self._opened: list[int] = []
-        self._written = self._folder_changed = -1
+        self._state = self._folder_state = (-1, -1)
 
     def look(self) -> sqlite3.Connection:
         """Return the connection to the files that have the names now."""
-        if _stat(self._names[0])[1] != self._written or not self._in_place():
+        if _stat(self._names[0]) != self._state or not self._in_place():
             self.close()
             self._open()
         return self.connection
 
     def confirm(self) -> None:
         """Raise OperationalError if a restart would not show what was committed."""
-        if not self._in_place():
+        state = _stat(self._names[0])
+        if state[0] != self._state[0] or not self._in_place():
             raise sqlite3.OperationalError("its files were replaced")
-        self._written = _stat(self._names[0])[1]  # a commit may write to the database itself
+        self._state = state  # a commit may write to the database itself
 
     def close(self) -> None:
         """Close the files; before, save what is only in a -wal that was removed, or raise."""
         if not self._opened:
             return
-        inode, written = _stat(self._names[0])
-        unchanged = inode == self._opened[0] and written == self._written
+        unchanged = _stat(self._names[0]) == self._state
         if unchanged and self._inodes()[1] != self._opened[1]:
-            checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)"
-            try:
-                busy, pages, saved = self.connection.execute(checkpoint).fetchone()
-            finally:
-                self._written = _stat(self._names[0])[1]
-            if busy and saved < max(pages, 0):
-                raise sqlite3.OperationalError("the -wal is removed, but in use")
-            with suppress(OSError):
-                Path(self._names[2]).unlink()
-                if self._written != written:  # or it may be another process's
-                    Path(self._names[1]).unlink()
+            with storage_errors:
+                self._save_wal()
         if not unchanged:  # who closes last writes the -wal into it, unless that is read-only
             self.connection.close()
         self._keeper.close()
         self.connection.close()
-        self._opened, self._folder_changed = [], -1
+        self._opened, self._folder_state = [], (-1, -1)
+
+    def _save_wal(self) -> None:
+        before = self._state
+        try:
+            checkpoint = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            busy, pages, saved = checkpoint.fetchone()
+        finally:
+            self._state = _stat(self._names[0])
+        if busy and saved < max(pages, 0):
+            raise sqlite3.OperationalError(
+                f"{self.path}-wal is removed, but another process reads it"
+            )
+        with suppress(OSError):
+            Path(self._names[2]).unlink()
+            if self._state != before:  # or it may be another process's
+                Path(self._names[1]).unlink()
 
     def _open(self) -> None:
         if not self.path.is_file() or self.path.read_bytes()[:16] != b"SQLite format 3\0":
-            raise sqlite3.OperationalError(f"{self.path}: no SQLite database")
+            raise sqlite3.OperationalError(f"{self.path} is missing or not an SQLite database")
+        real = self.path.resolve()  # beside which SQLite has the other files
+        self._folder = str(real.parent)
+        self._names = [str(self.path), f"{real}-wal", f"{real}-shm"]
         self.connection, self._keeper = self._connect("rw"), self._connect("ro")
-        self._opened, self._written = self._inodes(), _stat(self._names[0])[1]
+        self._opened, self._state = self._inodes(), _stat(self._names[0])
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"
@@ -192,12 +210,12 @@ class DatabaseFile:
     def _in_place(self) -> bool:
         # Whoever gives a name to another file changes the folder. To look at it alone is cheaper:
         # after a stat of the -wal, Linux takes 60 µs longer for the next commit.
-        changed = _stat(self._folder)[1]
-        if changed != self._folder_changed:
+        state = _stat(self._folder)
+        if state != self._folder_state:
             if self._inodes() != self._opened:
                 return False
-            if time_ns() - changed > 1e9:  # or another change could have the same time
-                self._folder_changed = changed
+            if time_ns() - state[1] > 1e9:  # or another change could have the same time
+                self._folder_state = state
         return True
 
 
@@ -220,19 +238,23 @@ def execute(statement: Statement, **parameters: object) -> list[Any]:
 @contextmanager
 def transaction(patience: float = 1) -> Iterator[None]:
     """Keep other writers out, after it waited for them these seconds; raise StorageError."""
-    extensions, now = current_app.extensions, monotonic()
-    # Requests that find the database locked wait together, not one after the other.
-    deadline = extensions.setdefault("locked_since", now) + patience
+    extensions = current_app.extensions
     with storage_errors, lock:
-        connection = _connect()
+        connection, now = _connect(), monotonic()
+        # Requests that find the database locked wait together, not one after the other.
+        if now - extensions.get("locked_since", -9) > 2:
+            extensions["locked_since"] = now
+        milliseconds = round((extensions["locked_since"] + patience - now) * 1000)
         try:
             for sql in BEGIN[extensions["dialect"].name]:
-                connection.execute(sql.format(max(10, round((deadline - now) * 1000))))
-            extensions.pop("locked_since", None)
+                connection.execute(sql.format(max(10, milliseconds)))
+            extensions["locked_since"] = -9
             yield
             connection.commit()
-        finally:
-            connection.rollback()  # changes nothing after a commit
+        except BaseException:
+            with suppress(Exception):  # or its error would hide the first
+                connection.rollback()
+            raise
         if database_file := extensions.get("database_file"):
             database_file.confirm()
 

@@ -15,7 +15,7 @@ class DecryptionError(StorageError):
 
     public = (
         "The stored API key is not readable with the present encryption key. Restore the"
-        " encryption key file, or remove it and set the provider again."
+        " encryption key file, or move it away and set the provider again."
     )
 
 
@@ -73,16 +73,15 @@ class KeyFile:
             current_app.logger.warning("Generated encryption key file %s.", self.path)
 
     def add_key(self) -> None:
-        """Put a new key before the others; raise StorageError."""
-        with transaction():  # of two rotations at once, one would lose its key
-            self.read()
-            keys = Fernet.generate_key() + b"\n" + self.path.read_bytes()
-            self._write(keys, replaced=self.path.stat())
+        """Put a new key before the others, in a transaction; raise StorageError."""
+        self.read()
+        keys = Fernet.generate_key() + b"\n" + self.path.read_bytes()
+        self._write(keys, replaced=self.path.stat())
 
     def inspect(self) -> None:
         """Remove what a killed rotation left; raise StorageError, or warn of others' access."""
         leftover = Path(f"{self.path}.new")
-        if leftover.exists():  # or another process is about to rename it
+        if os.path.lexists(leftover):  # or another process is about to rename it
             with transaction():
                 leftover.unlink(missing_ok=True)
         if os.path.lexists(self.path):

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 import database
 from database import Base, StorageError, db, execute, report, storage_errors, transaction
-from encryption import DecryptionError, key_file
+from encryption import key_file
 
 
 def utc_now(timespec: str = "seconds") -> str:
@@ -103,9 +103,7 @@ class ProviderConfig(Base):
     def get(cls) -> "ProviderConfig | None":
         """Return the configuration, or None while nothing is set."""
         rows = execute(SELECT_CONFIG)
-        if not rows:
-            return None
-        return cls(**rows[0]._asdict())
+        return cls(**rows[0]._asdict()) if rows else None
 
     @classmethod
     def check(cls) -> None:
@@ -132,15 +130,14 @@ class ProviderConfig(Base):
         """Delete the configuration; return the name of its provider, None if nothing was set."""
         with transaction():
             rows = execute(DELETE_CONFIG)
-        if not rows:
-            return None
-        return str(rows[0].provider)
+        return str(rows[0].provider) if rows else None
 
     @classmethod
     def rotate(cls) -> None:
         """Encrypt the stored API key with a new key; raise DecryptionError."""
-        key_file.add_key()
-        with transaction():
+        with transaction():  # of two rotations at once, one would lose its key
+            cls.check()
+            key_file.add_key()
             if config := cls.get():
                 execute(sa.update(cls).values(api_key_encrypted=key_file.encrypt(config.api_key)))
 
@@ -174,10 +171,10 @@ def create_all() -> None:
             with engine.begin() as connection:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(5741)))  # any number
                 Base.metadata.create_all(connection)
-    # While something is stored, a new key could not decrypt it.
-    if ProviderConfig.get() is None and not key_file.path.exists():
-        with transaction():
-            key_file.create()
+        # While something is stored, a new key could not decrypt it.
+        if ProviderConfig.get() is None and not key_file.path.exists():
+            with transaction():
+                key_file.create()
 
 
 def _create_sqlite_file(path: Path) -> None:
@@ -201,6 +198,8 @@ def backup_command(file: Path) -> None:
     """Write the database, as it is at one moment, to FILE or, for -, to standard output."""
     database_file = _sqlite_file(file)
     folder = None if str(file) == "-" else file.parent
+    if file.exists() and not file.is_file():
+        raise click.ClickException(f"{file} is not a regular file.")
     with storage_errors, TemporaryDirectory(dir=folder) as private_folder:
         copy = Path(private_folder, file.name)
         copy.touch(0o600)
@@ -221,18 +220,24 @@ def restore_command(file: Path) -> None:
     database_file = _sqlite_file(file)
     with storage_errors, TemporaryDirectory() as folder, click.open_file(str(file), "rb") as data:
         present, copy = database_file.look(), Path(folder, "copy")
+        present.execute("PRAGMA busy_timeout = 5000")
         copy.write_bytes(data.read())
         with closing(sqlite3.connect(copy)) as source:
             if not _is_intact(source):
                 raise click.ClickException(f"{file} is not an intact database of the service.")
-            source.backup(present)
+            source.backup(present, progress=_refuse_lock)
         database_file.confirm()
+    report(f"Restored {database_file.path} from {file}.")
     try:
         ProviderConfig.check()
-        state = "What it holds can be read with the present encryption key."
-    except DecryptionError as error:
-        state = error.message
-    report(f"Restored {database_file.path} from {file}. {state}")
+        click.echo("The present encryption key can decrypt what it holds.", err=True)
+    except StorageError as error:
+        click.echo(f"Warning: {error}", err=True)
+
+
+def _refuse_lock(status: int, *_: int) -> None:
+    if status in {5, 6}:  # SQLITE_BUSY, SQLITE_LOCKED: sqlite3 would try without an end
+        raise sqlite3.OperationalError("database is locked")
 
 
 def _sqlite_file(other: Path) -> database.DatabaseFile:

@@ -17,9 +17,10 @@ from waitress.parser import HTTPRequestParser, ParsingError
 
 from database import engine_settings
 
+NAMES = validate.Regexp(r"[\s,]*[^\s,]", error="Must not be empty.")
 NOT_EMPTY = validate.Length(1, error="Must not be empty.")
 NAME_LENGTH = validate.Length(
-    1, 30, error="Must have 1 to 30 characters. Is a longer one the API key?"
+    1, 30, error="Must have 1 to 30 characters. Did you put the API key here?"
 )
 API_KEY_LENGTH = validate.Length(1, 4096, error="Must have 1 to 4096 characters.")
 
@@ -38,7 +39,7 @@ class SettingsSchema(Schema):
 
         unknown = EXCLUDE
 
-    AI_PROVIDERS = fields.String(load_default="", validate=NOT_EMPTY)
+    AI_PROVIDERS = fields.String(load_default="", validate=NAMES)
     DATABASE_URL = fields.String(load_default="sqlite:///ai-provider.db", validate=NOT_EMPTY)
     ENCRYPTION_KEY_FILE = fields.String(load_default="encryption.key", validate=NOT_EMPTY)
     LISTEN = fields.String(load_default="127.0.0.1:8080", validate=_validate_host_and_port)
@@ -76,7 +77,10 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     # Flask has put the .env of the current folder, whosever it is, into the environment.
     other = dotenv_values(find_dotenv(usecwd=True) or os.devnull)
     environment = {name: value for name, value in os.environ.items() if other.get(name) != value}
-    return dotenv_values(root / ".env") | environment
+    settings = dotenv_values(root / ".env")
+    if unknown := settings.keys() - SettingsSchema().fields:
+        raise ValidationError({name: ["Is no setting; see .env.example."] for name in unknown})
+    return settings | environment
 
 
 def _validate_header_value(value: str) -> None:
@@ -84,7 +88,7 @@ def _validate_header_value(value: str) -> None:
     if value != value.strip():
         raise ValidationError("Must not begin or end with whitespace or a line break.")
     if not re.fullmatch(r"[ -~]*", value):
-        raise ValidationError("Must be printable ASCII, which a masked key is not.")
+        raise ValidationError("Must be printable ASCII. (A masked key is not.)")
 
 
 def _validate_allowed(value: str) -> None:
@@ -135,7 +139,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):  # not UTF-8, a number too long, nested too deep
         value = None
     if not isinstance(value, dict):
-        abort(400, "The body must be a JSON object.")
+        abort(400, "The body must be a JSON object in UTF-8.")
     return value
 
 

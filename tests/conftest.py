@@ -348,5 +348,5 @@ INTERNAL_ERROR = failure(
 UNREADABLE = failure(
     "GeneralException",
     "The stored API key is not readable with the present encryption key."
-    " Restore the encryption key file, or remove it and set the provider again.",
+    " Restore the encryption key file, or move it away and set the provider again.",
 )

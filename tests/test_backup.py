@@ -1,3 +1,4 @@
+import os
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from conftest import (
     UNREADABLE,
     Server,
     flask,
+    locked,
     reported,
     stored,
 )
@@ -27,8 +29,8 @@ def put(app: Flask, provider: str) -> None:
 
 
 def restored(tmp_path: Path, file: object, state: str = "") -> str:
-    state = state or "What it holds can be read with the present encryption key."
-    return reported(f"Restored {tmp_path}/ai-provider.db from {file}. {state}")
+    state = state or "The present encryption key can decrypt what it holds."
+    return reported(f"Restored {tmp_path}/ai-provider.db from {file}.") + f"{state}\n"
 
 
 def test_backup_is_a_private_file_that_is_restored(
@@ -145,7 +147,47 @@ def test_restore_tells_when_the_key_is_another(
     result = runner.invoke(args=["restore", str(backup)])
     assert result.exit_code == 0
     cause = f"{key_file}: no key in it encrypted what is stored."
-    assert result.stderr == restored(tmp_path, backup, f"{cause} {UNREADABLE['message']}")
+    assert result.stderr == restored(tmp_path, backup, f"Warning: {cause} {UNREADABLE['message']}")
+
+
+def test_restore_is_told_apart_from_the_fault_that_follows(
+    app: Flask, runner: FlaskCliRunner, key_file: Path, tmp_path: Path
+) -> None:
+    backup = tmp_path / "backup"
+    put(app, "first")
+    runner.invoke(args=["backup", str(backup)])
+    key_file.unlink()
+    key_file.mkdir()
+    result = runner.invoke(args=["restore", str(backup)])
+    assert result.exit_code == 0
+    rule = f"Warning: ENCRYPTION_KEY_FILE must name a regular file, not {key_file}."
+    assert result.stderr == restored(tmp_path, backup, rule)
+
+
+def test_restore_into_a_locked_database_is_an_error_after_a_bounded_wait(
+    app: Flask, runner: FlaskCliRunner, database_url: str, tmp_path: Path
+) -> None:
+    backup = tmp_path / "backup"
+    put(app, "first")
+    runner.invoke(args=["backup", str(backup)])
+    put(app, "second")
+    before = stored(app)
+    with locked(database_url):
+        result = runner.invoke(args=["restore", str(backup)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: Database error: database is locked. ")
+    assert stored(app) == before
+
+
+def test_pipe_is_not_replaced_by_a_backup(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    put(app, "first")
+    result = runner.invoke(args=["backup", str(pipe)])
+    assert (result.exit_code, result.stderr) == (1, f"Error: {pipe} is not a regular file.\n")
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

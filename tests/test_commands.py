@@ -79,7 +79,7 @@ def test_revoke_of_an_unknown_credential_is_an_error(
     result = runner.invoke(args=revoke)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
-        "Error: No credential has this API key; see: .venv/bin/flask credentials list\n"
+        "Error: No credential has this API key. `flask credentials list` shows those that exist.\n"
     )
 
 
@@ -142,6 +142,12 @@ def test_unreadable_api_key_is_an_error(
     assert (result.exit_code, result.stdout) == (1, "")
     cause = f"{key_file}: no key in it encrypted what is stored."
     assert result.stderr.endswith(f"Error: {cause} {UNREADABLE['message']}\n")
+
+
+def test_credential_that_is_no_text_cannot_be_revoked(runner: FlaskCliRunner) -> None:
+    result = runner.invoke(args=["credentials", "revoke", "\udcff"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: No credential has this API key. ")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def test_body_must_be_a_json_object(
 ) -> None:
     answer = client.put(URL, data=body, headers=auth_headers, content_type="application/json")
     assert answer.status_code == 400
-    assert answer.json == failure("InputException", "The body must be a JSON object.")
+    assert answer.json == failure("InputException", "The body must be a JSON object in UTF-8.")
 
 
 NOT_JSON = {

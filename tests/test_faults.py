@@ -36,6 +36,8 @@ from conftest import (
 from flask import Flask
 from flask.testing import FlaskClient
 
+from database import transaction
+
 
 class Write(NamedTuple):
     """A PUT: what it set, when it was sent, and when it was acknowledged, if it was."""
@@ -211,6 +213,29 @@ def test_locked_database_is_an_error_after_a_bounded_wait(
     assert any(f"ERROR Database error: {cause}. {REMEDY}" in log for cause in causes)
 
 
+def test_lock_of_long_ago_takes_no_patience_away(
+    app: Flask, client: FlaskClient, auth_headers: dict[str, str], database_url: str
+) -> None:
+    client.get(URL, headers=auth_headers)
+    app.extensions["locked_since"] = time.monotonic() - 3
+    with ThreadPoolExecutor(1) as pool:
+        with locked(database_url):
+            put = pool.submit(client.put, URL, json=CONFIG, headers=auth_headers)
+            wait([put], timeout=0.3)
+        assert put.result().status_code == 200
+
+
+def fail_after_the_connection(app: Flask) -> None:
+    with app.app_context(), transaction():
+        app.extensions["database_file"].close()
+        raise ValueError("first")
+
+
+def test_failed_rollback_does_not_hide_the_first_error(app: Flask) -> None:
+    with pytest.raises(ValueError, match="first"):
+        fail_after_the_connection(app)
+
+
 def test_restart_of_postgresql_fails_only_the_requests_in_work(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -296,7 +321,7 @@ def test_lost_database_is_an_error_until_it_returns(
     assert server.get(credential).body == before
     assert server.put(OTHER, credential).status == 200
     log = server.stop()
-    assert log.count(f"ERROR Database error: {folder}/ai-provider.db: ") == 3
+    assert log.count(f"ERROR Database error: {folder}/ai-provider.db is missing") == 3
     assert log.count(REMEDY) == 3
     assert start_server().get(credential).body["data"]["provider"] == "other"
 

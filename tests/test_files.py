@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -78,6 +79,54 @@ def test_write_is_acknowledged_only_if_a_restart_shows_it(
         expected = "other" if answer.status == 200 else "openai"
         shown = start_server().get(credential)
         assert shown.body["data"]["provider"] == expected
+
+
+def test_removed_wal_of_a_link_to_the_database_is_noticed(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    (tmp_path / "link.db").symlink_to(tmp_path / "ai-provider.db")
+    link = f"sqlite:///{tmp_path}/link.db"
+    server = start_server(DATABASE_URL=link)
+    server.put(CONFIG, credential)
+    (tmp_path / "ai-provider.db-wal").unlink()
+    assert server.put(OTHER, credential).status == 200
+    server.stop(signal.SIGKILL)
+    assert start_server(DATABASE_URL=link).get(credential).body["data"]["provider"] == "other"
+
+
+def test_folder_that_is_moved_and_copied_is_noticed(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    folder, copy = tmp_path / "folder", tmp_path / "copy"
+    folder.mkdir()
+    (tmp_path / "ai-provider.db").rename(folder / "ai-provider.db")
+    url = f"sqlite:///{folder}/ai-provider.db"
+    server = start_server(DATABASE_URL=url)
+    server.put(CONFIG, credential)
+    long_ago = (0, 0)
+    os.utime(folder, long_ago)
+    server.put(CONFIG, credential)
+    subprocess.run(["cp", "-a", folder, copy], check=True)
+    folder.rename(tmp_path / "old")
+    folder.symlink_to(copy)
+    assert server.put(OTHER, credential).status == 200
+    server.stop(signal.SIGKILL)
+    assert start_server(DATABASE_URL=url).get(credential).body["data"]["provider"] == "other"
+
+
+def test_stop_that_cannot_save_a_removed_wal_is_one_clear_line(
+    server: Server, credential: str, tmp_path: Path
+) -> None:
+    server.put(CONFIG, credential)
+    with closing(sqlite3.connect(tmp_path / "ai-provider.db", isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM provider_config").fetchall()
+        server.put(OTHER, credential)
+        (tmp_path / "ai-provider.db-wal").unlink()
+        lines = server.stop().splitlines()
+    assert lines[-1].startswith(f"Error: Database error: {tmp_path}/ai-provider.db-wal is removed")
+    assert lines[-2].endswith(f" on http://127.0.0.1:{server.port}")
+    assert server.process.poll() == 1
 
 
 @pytest.mark.parametrize("fault", FAULTS)

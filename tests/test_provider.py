@@ -12,11 +12,11 @@ from database import execute, transaction
 from models import ProviderConfig, utc_now
 
 SPACE = "Must not begin or end with whitespace or a line break."
-ASCII = "Must be printable ASCII, which a masked key is not."
+ASCII = "Must be printable ASCII. (A masked key is not.)"
 TYPE = "Not a valid string."
 MISSING = "Missing data for required field."
 LENGTHS = {
-    "provider": "Must have 1 to 30 characters. Is a longer one the API key?",
+    "provider": "Must have 1 to 30 characters. Did you put the API key here?",
     "api_key": "Must have 1 to 4096 characters.",
 }
 
@@ -261,7 +261,7 @@ def test_swapped_fields_are_refused_and_the_key_is_not_repeated(
     swapped = {"provider": "sk-SECRET-0123456789-0123456789", "api_key": "openai"}
     answer = client.put(URL, json=swapped, headers=auth_headers)
     assert answer.status_code == 400
-    message = "Must have 1 to 30 characters. Is a longer one the API key?"
+    message = "Must have 1 to 30 characters. Did you put the API key here?"
     assert answer.json == failure("InputException", f"provider: {message}", {"provider": [message]})
     assert "SECRET" not in caplog.text
     assert stored(app) is None

@@ -68,9 +68,11 @@ def test_backup_of_a_running_service_is_restored_with_its_key(
     assert {path.stat().st_mode for path in copies} == {0o100600}
     run_block("provider rotate-key", checkout)
     assert server.put(OTHER, credential).status == 200
-    assert "can be read with the present encryption key" in run_block("restore -", checkout)
+    assert "The present encryption key can decrypt what it holds." in run_block(
+        "restore -", checkout
+    )
     assert server.get(credential).body == before
-    run_block("sh -c 'cat > instance/encryption.key'", checkout)
+    run_block("sh -c 'umask 077; cat > instance/encryption.key'", checkout)
     assert server.get(credential).body == before
 
 
@@ -88,7 +90,7 @@ def test_backup_is_restored_on_another_machine(
     assert server.get(credential).status == 401
     shown = run_block("restore -", other)
     assert "Restore the encryption key file" in shown
-    run_block("sh -c 'cat > instance/encryption.key'", other)
+    run_block("sh -c 'umask 077; cat > instance/encryption.key'", other)
     assert server.get(credential).body == before
     assert {path.stat().st_mode for path in (other / "instance").iterdir()} == {0o100600}
 
@@ -105,6 +107,13 @@ def test_settings_are_read_beside_the_application(checkout: Path, command: str) 
     result = run(f".venv/bin/{command}", checkout)
     assert result.returncode == 1
     assert result.stderr == "Error: LOG_LEVEL: Must be one of: DEBUG, INFO, WARNING, ERROR.\n"
+
+
+def test_misspelt_setting_is_refused(checkout: Path) -> None:
+    (checkout / ".env").write_text("AI_PROVIDER=openai\n")
+    result = run(".venv/bin/python app.py", checkout)
+    assert result.returncode == 1
+    assert result.stderr == "Error: AI_PROVIDER: Is no setting; see .env.example.\n"
 
 
 def test_variable_of_the_environment_wins(checkout: Path) -> None:

@@ -27,6 +27,7 @@ from flask.testing import FlaskClient
 from processes import run, serve, start_interpreter
 
 from app import create_app
+from auth import parse_address
 from database import StorageError
 from models import create_all
 
@@ -43,7 +44,9 @@ DATABASE_URLS = {
     "oracle://u:SECRET@h/d": BAD_DATABASE_URL,
     "postgresql://user:p@SECRET@127.0.0.1:1/db": BAD_DATABASE_URL,
     "postgresql://user:p@SECRET/x@127.0.0.1:1/db": BAD_DATABASE_URL,
-    "sqlite:////nowhere/x.db": f"Database error: /nowhere/x.db: no SQLite database. {REMEDY}",
+    "sqlite:////nowhere/x.db": (
+        f"Database error: /nowhere/x.db is missing or not an SQLite database. {REMEDY}"
+    ),
     "postgresql://user:SECRET@127.0.0.1:1/db": (
         'Database error: connection failed: connection to server at "127.0.0.1", port 1'
         f" failed: Connection refused. {REMEDY}"
@@ -83,6 +86,7 @@ BAD_SETTINGS = [
         for value in ("localhost", "nginx", "10.0.0.0/8", "*", "127.0.0.1:80")
     ],
     *[(name, "") for name in RULES],
+    ("AI_PROVIDERS", " , "),
 ]
 
 
@@ -274,8 +278,26 @@ def test_file_or_folder_without_permission_names_its_owner(name: str) -> None:
         Path(folder).chmod(0o700)
     place = f"{folder}/{name}".rstrip("/")
     assert (status, output) == (1, "")
-    assert f"{place} belongs to the user {os.geteuid()}, this process to " in log.splitlines()[-1]
+    assert (
+        f"{place} belongs to user {os.geteuid()}; this process runs as user "
+        in log.splitlines()[-1]
+    )
     assert "remove" not in log
+    assert "Traceback" not in log
+
+
+def test_key_file_in_a_closed_folder_names_its_owner() -> None:
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        keys = Path(folder, "keys")
+        keys.mkdir(0o700)
+        settings = {
+            "DATABASE_URL": f"sqlite:///{folder}/ai-provider.db",
+            "ENCRYPTION_KEY_FILE": f"{keys}/encryption.key",
+        }
+        status, output, log = run(serve_as_nobody, **settings)
+    assert (status, output) == (1, "")
+    assert f"{keys} belongs to user {os.geteuid()}; this process runs" in log.splitlines()[-1]
     assert "Traceback" not in log
 
 
@@ -306,6 +328,10 @@ def test_address_that_the_proxy_names_is_logged(start_server: StartServer, addre
     server = start_server(TRUSTED_PROXY="127.0.0.1")
     server.request("GET", "/health", **{"X-Forwarded-For": address})
     assert server.stop().splitlines()[-2].endswith(f" ms - {address.split()[-1]}")
+
+
+def test_zone_of_an_address_is_not_logged() -> None:
+    assert parse_address("fe80::1%x ERROR forged") == "fe80::1"
 
 
 def test_address_that_is_none_is_a_dash(start_server: StartServer) -> None:
