@@ -141,7 +141,7 @@ class DatabaseFile:
         """Open nothing before the first statement."""
         self.path, self._names = path, [str(path)]
         self._opened: list[int] = []
-        self._state = self._folder_state = (-1, -1)
+        self._state, self._folder_changed = (-1, -1), -1
 
     def look(self) -> sqlite3.Connection:
         """Return the connection to the files that have the names now."""
@@ -169,7 +169,7 @@ class DatabaseFile:
             self.connection.close()
         self._keeper.close()
         self.connection.close()
-        self._opened, self._folder_state = [], (-1, -1)
+        self._opened, self._folder_changed = [], -1
 
     def _save_wal(self) -> None:
         before = self._state
@@ -210,12 +210,12 @@ class DatabaseFile:
     def _in_place(self) -> bool:
         # Whoever gives a name to another file changes the folder. To look at it alone is cheaper:
         # after a stat of the -wal, Linux takes 60 µs longer for the next commit.
-        state = _stat(self._folder)
-        if state != self._folder_state:
+        changed = _stat(self._folder)[1]
+        if changed != self._folder_changed:
             if self._inodes() != self._opened:
                 return False
-            if time_ns() - state[1] > 1e9:  # or another change could have the same time
-                self._folder_state = state
+            if time_ns() - changed > 1e9:  # or another change could have the same time
+                self._folder_changed = changed
         return True
 
 

@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from conftest import CONFIG, INTERNAL_ERROR, OTHER, Server, StartServer, rounds, stored
+from conftest import (
+    CONFIG,
+    INTERNAL_ERROR,
+    OTHER,
+    Server,
+    StartApp,
+    StartServer,
+    close_database,
+    rounds,
+    stored,
+)
 from flask import Flask
 
 from database import StorageError, execute, transaction
@@ -92,6 +102,56 @@ def test_removed_wal_of_a_link_to_the_database_is_noticed(
     assert server.put(OTHER, credential).status == 200
     server.stop(signal.SIGKILL)
     assert start_server(DATABASE_URL=link).get(credential).body["data"]["provider"] == "other"
+
+
+def lead_elsewhere(link: Path) -> None:
+    """Have the link lead to a copy that is as old as the original."""
+    copy = link.with_name("copy")
+    copy.mkdir()
+    for file in link.resolve().parent.glob("ai-provider.db*"):
+        shutil.copy2(file, copy)
+    link.unlink()
+    link.symlink_to(copy / "ai-provider.db")
+
+
+def test_link_that_leads_to_another_database_is_noticed(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    link = tmp_path / "links" / "link.db"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "ai-provider.db")
+    server = start_server(DATABASE_URL=f"sqlite:///{link}")
+    server.put(CONFIG, credential)
+    lead_elsewhere(link)
+    assert server.put(OTHER, credential).status == 200
+    server.stop(signal.SIGKILL)
+    shown = start_server(DATABASE_URL=f"sqlite:///{link}").get(credential)
+    assert shown.body["data"]["provider"] == "other"
+
+
+def test_link_that_leads_to_another_database_at_commit_is_an_error(
+    start_app: StartApp, monkeypatch: pytest.MonkeyPatch, app: Flask, tmp_path: Path
+) -> None:
+    close_database(app)
+    link = tmp_path / "links" / "link.db"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "ai-provider.db")
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{link}")
+    with start_app().app_context(), pytest.raises(StorageError, match="its files were replaced"):
+        lead_elsewhere_in_a_transaction(link)
+
+
+def lead_elsewhere_in_a_transaction(link: Path) -> None:
+    with transaction():
+        lead_elsewhere(link)
+
+
+def test_own_checkpoint_reopens_nothing(app: Flask) -> None:
+    connection = app.extensions["database_file"].look()
+    connection.execute("PRAGMA wal_autocheckpoint = 1")
+    with app.app_context():
+        ProviderConfig.put("openai", "key", "author")
+    assert app.extensions["database_file"].look() is connection
 
 
 def test_folder_that_is_moved_and_copied_is_noticed(
