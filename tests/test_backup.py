@@ -1,7 +1,8 @@
 import os
+import shutil
 import sqlite3
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
 
@@ -162,6 +163,35 @@ def test_restore_is_told_apart_from_the_fault_that_follows(
     assert result.exit_code == 0
     rule = f"Warning: ENCRYPTION_KEY_FILE must name a regular file, not {key_file}."
     assert result.stderr == restored(tmp_path, backup, rule)
+
+
+def test_restore_into_files_that_are_replaced_meanwhile_is_an_error(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup = tmp_path / "backup"
+    put(app, "first")
+    runner.invoke(args=["backup", str(backup)])
+
+    def replace(*_: int) -> None:
+        Path(shutil.copy(backup, f"{backup}-2")).replace(tmp_path / "ai-provider.db")
+
+    monkeypatch.setattr("models._refuse_lock", replace)
+    result = runner.invoke(args=["restore", str(backup)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: Database error: its files were replaced. ")
+
+
+def test_restore_waits_for_the_lock(
+    app: Flask, runner: FlaskCliRunner, database_url: str, tmp_path: Path
+) -> None:
+    backup = tmp_path / "backup"
+    put(app, "first")
+    runner.invoke(args=["backup", str(backup)])
+    with ThreadPoolExecutor(1) as pool:
+        with locked(database_url):
+            restore = pool.submit(flask, "restore", str(backup))
+            wait([restore], timeout=0.8)
+        assert restore.result()[0] == 0
 
 
 def test_restore_into_a_locked_database_is_an_error_after_a_bounded_wait(

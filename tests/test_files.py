@@ -137,7 +137,9 @@ def test_link_that_leads_to_another_database_at_commit_is_an_error(
     link.parent.mkdir()
     link.symlink_to(tmp_path / "ai-provider.db")
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{link}")
-    with start_app().app_context(), pytest.raises(StorageError, match="its files were replaced"):
+    other_app = start_app()
+    os.utime(tmp_path, (0, 0))  # unchanged for long, it is not looked into
+    with other_app.app_context(), pytest.raises(StorageError, match="its files were replaced"):
         lead_elsewhere_in_a_transaction(link)
 
 

@@ -28,7 +28,7 @@ from processes import run, serve, start_interpreter
 
 from app import create_app
 from auth import parse_address
-from database import StorageError
+from database import StorageError, explain
 from models import create_all
 
 BAD_DATABASE_URL = (
@@ -284,6 +284,10 @@ def test_file_or_folder_without_permission_names_its_owner(name: str) -> None:
     )
     assert "remove" not in log
     assert "Traceback" not in log
+
+
+def test_denied_access_to_no_file_names_no_owner() -> None:
+    assert explain(PermissionError(1, "Operation not permitted")) == "Operation not permitted."
 
 
 def test_key_file_in_a_closed_folder_names_its_owner() -> None:
