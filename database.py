@@ -109,9 +109,7 @@ storage_errors = _StorageErrors()  # raises StorageError for the errors of files
 
 def report(message: str) -> None:
     """Say what a command changed, and why the log of the service does not."""
-    click.echo(
-        f"{message} (The service logs only what it does itself, so its log lacks this.)", err=True
-    )
+    click.echo(f"{message} (The log of the service has only what it does itself.)", err=True)
 
 
 def explain(error: OSError) -> str:
@@ -179,9 +177,7 @@ class DatabaseFile:
         finally:
             self._state = _stat(self._names[0])
         if busy and saved < max(pages, 0):
-            raise sqlite3.OperationalError(
-                f"{self.path}-wal is removed, but another process reads it"
-            )
+            raise sqlite3.OperationalError(f"{self.path}-wal is removed, but in use")
         with suppress(OSError):
             Path(self._names[2]).unlink()
             if self._state != before:  # or it may be another process's

@@ -319,7 +319,7 @@ def forget_last_use(database_url: str) -> None:
 
 def reported(message: str) -> str:
     """Return what a command prints of a change."""
-    return f"{message} (The service logs only what it does itself, so its log lacks this.)\n"
+    return f"{message} (The log of the service has only what it does itself.)\n"
 
 
 def flask(*arguments: str, **settings: str) -> tuple[int, str, str]:
