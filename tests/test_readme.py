@@ -109,13 +109,6 @@ def test_settings_are_read_beside_the_application(checkout: Path, command: str) 
     assert result.stderr == "Error: LOG_LEVEL: Must be one of: DEBUG, INFO, WARNING, ERROR.\n"
 
 
-def test_misspelt_setting_is_refused(checkout: Path) -> None:
-    (checkout / ".env").write_text("AI_PROVIDER=openai\n")
-    result = run(".venv/bin/python app.py", checkout)
-    assert result.returncode == 1
-    assert result.stderr == "Error: AI_PROVIDER: Is no setting; see .env.example.\n"
-
-
 def test_variable_of_the_environment_wins(checkout: Path) -> None:
     (checkout / ".env").write_text("LOG_LEVEL=LOUD\n")
     create = ".venv/bin/flask credentials create"

@@ -257,6 +257,25 @@ def test_unreadable_file_of_settings_is_one_clear_line(monkeypatch: pytest.Monke
             create_app()
 
 
+@pytest.fixture
+def file_of_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.delenv("FLASK_SKIP_DOTENV")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("app.ROOT", tmp_path)
+    return tmp_path / ".env"
+
+
+def test_setting_is_read_from_the_file(file_of_settings: Path) -> None:
+    file_of_settings.write_text("LOG_LEVEL=ERROR\n")
+    assert create_app().config["LOG_LEVEL"] == "ERROR"
+
+
+def test_misspelt_setting_in_the_file_is_refused(file_of_settings: Path) -> None:
+    file_of_settings.write_text("AI_PROVIDER=openai\n")
+    with pytest.raises(ClickException, match=r"^AI_PROVIDER: Is no setting; see \.env\.example\.$"):
+        create_app()
+
+
 def serve_as_nobody() -> None:
     with without_privileges():
         serve()
