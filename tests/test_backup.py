@@ -34,6 +34,14 @@ def restored(tmp_path: Path, file: object, state: str = "") -> str:
     return reported(f"Restored {tmp_path}/ai-provider.db from {file}.") + f"{state}\n"
 
 
+@pytest.fixture
+def backup(app: Flask, runner: FlaskCliRunner, tmp_path: Path) -> Path:
+    """Back up a database in which the first provider is set."""
+    put(app, "first")
+    runner.invoke(args=["backup", str(tmp_path / "backup")])
+    return tmp_path / "backup"
+
+
 def test_backup_is_a_private_file_that_is_restored(
     app: Flask, runner: FlaskCliRunner, tmp_path: Path
 ) -> None:
@@ -112,11 +120,8 @@ def of_another_service(path: Path) -> None:
     "damage", [emptied, garbled, cut, overwritten, without_a_table, of_another_service]
 )
 def test_damaged_backup_changes_nothing(
-    app: Flask, runner: FlaskCliRunner, tmp_path: Path, damage: object
+    app: Flask, runner: FlaskCliRunner, backup: Path, damage: object
 ) -> None:
-    backup = tmp_path / "backup"
-    put(app, "first")
-    runner.invoke(args=["backup", str(backup)])
     assert callable(damage)
     damage(backup)
     put(app, "second")
@@ -139,11 +144,8 @@ def test_database_is_not_its_own_backup(
 
 
 def test_restore_tells_when_the_key_is_another(
-    app: Flask, runner: FlaskCliRunner, key_file: Path, tmp_path: Path
+    runner: FlaskCliRunner, backup: Path, key_file: Path, tmp_path: Path
 ) -> None:
-    backup = tmp_path / "backup"
-    put(app, "first")
-    runner.invoke(args=["backup", str(backup)])
     key_file.write_bytes(OTHER_ENCRYPTION_KEY)
     result = runner.invoke(args=["restore", str(backup)])
     assert result.exit_code == 0
@@ -152,11 +154,8 @@ def test_restore_tells_when_the_key_is_another(
 
 
 def test_restore_is_told_apart_from_the_fault_that_follows(
-    app: Flask, runner: FlaskCliRunner, key_file: Path, tmp_path: Path
+    runner: FlaskCliRunner, backup: Path, key_file: Path, tmp_path: Path
 ) -> None:
-    backup = tmp_path / "backup"
-    put(app, "first")
-    runner.invoke(args=["backup", str(backup)])
     key_file.unlink()
     key_file.mkdir()
     result = runner.invoke(args=["restore", str(backup)])
@@ -166,12 +165,8 @@ def test_restore_is_told_apart_from_the_fault_that_follows(
 
 
 def test_restore_into_files_that_are_replaced_meanwhile_is_an_error(
-    app: Flask, runner: FlaskCliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runner: FlaskCliRunner, backup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backup = tmp_path / "backup"
-    put(app, "first")
-    runner.invoke(args=["backup", str(backup)])
-
     def replace(*_: int) -> None:
         Path(shutil.copy(backup, f"{backup}-2")).replace(tmp_path / "ai-provider.db")
 
@@ -181,12 +176,7 @@ def test_restore_into_files_that_are_replaced_meanwhile_is_an_error(
     assert result.stderr.startswith("Error: Database error: its files were replaced. ")
 
 
-def test_restore_waits_for_the_lock(
-    app: Flask, runner: FlaskCliRunner, database_url: str, tmp_path: Path
-) -> None:
-    backup = tmp_path / "backup"
-    put(app, "first")
-    runner.invoke(args=["backup", str(backup)])
+def test_restore_waits_for_the_lock(backup: Path, database_url: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         with locked(database_url):
             restore = pool.submit(flask, "restore", str(backup))
@@ -195,11 +185,8 @@ def test_restore_waits_for_the_lock(
 
 
 def test_restore_into_a_locked_database_is_an_error_after_a_bounded_wait(
-    app: Flask, runner: FlaskCliRunner, database_url: str, tmp_path: Path
+    app: Flask, runner: FlaskCliRunner, backup: Path, database_url: str
 ) -> None:
-    backup = tmp_path / "backup"
-    put(app, "first")
-    runner.invoke(args=["backup", str(backup)])
     put(app, "second")
     before = stored(app)
     with locked(database_url):
