@@ -79,7 +79,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     environment = {name: value for name, value in os.environ.items() if other.get(name) != value}
     settings = dotenv_values(root / ".env")
     if unknown := settings.keys() - SettingsSchema().fields:
-        raise ValidationError({name: ["Is no setting; see .env.example."] for name in unknown})
+        raise ValidationError({name: ["Not a setting; see .env.example."] for name in unknown})
     return settings | environment
 
 

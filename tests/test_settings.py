@@ -272,7 +272,7 @@ def test_setting_is_read_from_the_file(file_of_settings: Path) -> None:
 
 def test_misspelt_setting_in_the_file_is_refused(file_of_settings: Path) -> None:
     file_of_settings.write_text("AI_PROVIDER=openai\n")
-    with pytest.raises(ClickException, match=r"^AI_PROVIDER: Is no setting; see \.env\.example\.$"):
+    with pytest.raises(ClickException, match=r"^AI_PROVIDER: Not a setting; see \.env\.example\.$"):
         create_app()
 
 
