@@ -14,11 +14,9 @@ from typing import Any
 from urllib.parse import quote
 
 import click
-import waitress.server
 from flask import Blueprint, Flask, abort, current_app, g, jsonify, request
 from marshmallow import ValidationError
-from waitress.channel import HTTPChannel
-from waitress.trigger import trigger
+from waitress import channel, server, task, trigger
 from werkzeug.exceptions import HTTPException, default_exceptions
 from werkzeug.wrappers import Response
 
@@ -207,20 +205,35 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     return app
 
 
+class _Channel(channel.HTTPChannel):
+    # Serves in the thread of the sockets: a second thread would only contend with it.
+    parser_class = schemas.RequestParser
+
+    def handle_read(self) -> None:
+        super().handle_read()
+        while self.requests:
+            self.service()
+
+
+class _Dispatcher(task.ThreadedTaskDispatcher):
+    def add_task(self, _task: Any) -> None:  # noqa: ANN401
+        pass  # its channel does it
+
+
 def create_server(app: Flask, sockets: dict[Any, Any]) -> Any:  # noqa: ANN401
     """Return the server of these sockets, bound to LISTEN; raise ClickException."""
-    HTTPChannel.parser_class = schemas.RequestParser
+    server.BaseWSGIServer.channel_class = _Channel
     listen, proxy = app.config["LISTEN"], app.config["TRUSTED_PROXY"]
     try:
         # A stranger may send 16 KiB of headers (by default 256) and 128 KiB of body (1 GiB), and
         # stall 500 connections (100) for 10 seconds (120), if there are descriptors for them.
-        return waitress.server.create_server(
+        return server.create_server(
             app,
             sockets,
+            _dispatcher=_Dispatcher(),
             listen=listen,
             trusted_proxy=proxy,
             trusted_proxy_headers="x-forwarded-for" if proxy else "",
-            threads=1,  # more only contend
             max_request_header_size=16 * 1024,
             max_request_body_size=128 * 1024,
             connection_limit=min(500, os.sysconf("SC_OPEN_MAX") - 32),
@@ -232,7 +245,7 @@ def create_server(app: Flask, sockets: dict[Any, Any]) -> Any:  # noqa: ANN401
         raise click.ClickException(f"Cannot listen on LISTEN={listen}: {error}") from error
 
 
-class _SignalTrigger(trigger):
+class _SignalTrigger(trigger.trigger):
     # Ends the loop while this thread holds no lock, as it may where the signal strikes.
     trigger: int
 
@@ -259,19 +272,16 @@ def main() -> None:
             ProviderConfig.check()
         except StorageError as error:  # a PUT mends it
             app.logger.error("%s", error)
-    # A third of the time of a line, which shows none of these (logging HOWTO, "Optimization").
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
     sockets: dict[Any, Any] = {}
-    server = create_server(app, sockets)
+    web_server = create_server(app, sockets)
     _SignalTrigger(sockets)
     host, _, port = app.config["LISTEN"].rpartition(":")
-    url = f"http://{host}:{getattr(server, 'effective_port', port)}"
+    url = f"http://{host}:{getattr(web_server, 'effective_port', port)}"
     app.logger.info("Serving version %s on %s", VERSION, url)
     if address := os.environ.get("NOTIFY_SOCKET"):  # `systemctl start` waits (sd_notify(3))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
             systemd.sendto(b"READY=1", address.replace("@", "\0", 1))
-    server.run()
+    web_server.run()
     app.logger.info("Stopped version %s on %s", VERSION, url)
 
 

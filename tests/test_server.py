@@ -228,9 +228,22 @@ def is_socket(link: Path) -> bool:
     return "socket:" in os.path.realpath(link)  # of one that ends, too
 
 
-def test_one_thread_works(server: Server) -> None:
+def test_one_thread_serves_all(server: Server) -> None:
     server.request("GET", "/health")
-    assert len([*Path(f"/proc/{server.process.pid}/task").iterdir()]) == 2
+    assert len([*Path(f"/proc/{server.process.pid}/task").iterdir()]) == 1
+
+
+def test_requests_of_one_packet_are_answered_in_their_order(server: Server) -> None:
+    with connect(server) as connection, connection.makefile("rb") as answers:
+        connection.sendall(b"GET /health HTTP/1.1\r\n\r\nGET /nowhere HTTP/1.1\r\n\r\n")
+        connection.sendall(b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
+        assert re.findall(rb"HTTP/1.1 (\d+)", answers.read()) == [b"200", b"404", b"200"]
+
+
+def test_client_that_reads_no_answer_keeps_nobody_out(server: Server) -> None:
+    with connect(server) as connection:
+        connection.sendall(b"GET /openapi.yaml HTTP/1.1\r\n\r\n" * 2000)
+        assert server.request("GET", "/health").status == 200
 
 
 def test_few_descriptors_are_no_flood_in_the_log(
