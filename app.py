@@ -272,6 +272,9 @@ def main() -> None:
             ProviderConfig.check()
         except StorageError as error:  # a PUT mends it
             app.logger.error("%s", error)
+    # A third of the time of a line, which shows none of these (logging HOWTO, "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     sockets: dict[Any, Any] = {}
     web_server = create_server(app, sockets)
     _SignalTrigger(sockets)

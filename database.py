@@ -83,28 +83,24 @@ def init_app(app: Flask) -> None:
 
             @context.call_on_close
             def _close_file() -> None:
-                with app.app_context():
+                with app.app_context(), storage_errors():
                     database_file.close()
 
 
-class _StorageErrors:
-    # A class, as each statement passes here: a generator takes longer.
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, OSError):
-            raise StorageError(explain(error)) from error
-        if error and isinstance(error, (sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error)):
-            # The first line alone: PostgreSQL's others may show the row.
-            cause = str(getattr(error, "orig", error)).partition("\n")[0].rstrip(".")
-            raise StorageError(
-                f"Database error: {cause}. Check that the database of DATABASE_URL is there,"
-                " intact, writable, not locked, and has disk space."
-            ) from error
-
-
-storage_errors = _StorageErrors()  # raises StorageError for the errors of files and databases
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Raise StorageError for the errors of files and databases."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(explain(error)) from error
+    except (sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
+        # The first line alone: PostgreSQL's others may show the row.
+        cause = str(getattr(error, "orig", error)).partition("\n")[0].rstrip(".")
+        raise StorageError(
+            f"Database error: {cause}. Check that the database of DATABASE_URL is there,"
+            " intact, writable, not locked, and has disk space."
+        ) from error
 
 
 def report(message: str) -> None:
@@ -124,73 +120,63 @@ def explain(error: OSError) -> str:
     return f"{fault} {place} {users}."
 
 
-def _stat(path: str) -> tuple[int, int]:
-    try:
-        file = os.stat(path)  # noqa: PTH116 (a Path takes longer, and each request waits for it)
-    except (FileNotFoundError, NotADirectoryError):
-        return 0, 0
-    return file.st_ino, file.st_mtime_ns
-
-
 class DatabaseFile:
     """The SQLite file under watch: SQLite would go on writing to files that were removed."""
 
     def __init__(self, path: Path) -> None:
         """Open nothing before the first statement."""
-        self.path, self._names = path, [str(path)]
-        self._opened: list[int] = []
-        self._state, self._folder_changed = (-1, -1), -1
+        self.path = path
+        self._opened: list[int | None] = []
 
     def look(self) -> sqlite3.Connection:
         """Return the connection to the files that have the names now."""
-        if _stat(self._names[0]) != self._state or not self._in_place():
+        if not self._opened or self._look() != self._opened:
             self.close()
             self._open()
         return self.connection
 
     def confirm(self) -> None:
         """Raise OperationalError if a restart would not show what was committed."""
-        state = _stat(self._names[0])
-        if state[0] != self._state[0] or not self._in_place():
+        present = self._look()
+        if present[1:] != self._opened[1:]:
             raise sqlite3.OperationalError("its files were replaced")
-        self._state = state  # a commit may write to the database itself
+        self._opened = present  # a commit may write to the database itself
 
     def close(self) -> None:
         """Close the files; before, save what is only in a -wal that was removed, or raise."""
         if not self._opened:
             return
-        unchanged = _stat(self._names[0]) == self._state
-        if unchanged and self._inodes()[1] != self._opened[1]:
-            with storage_errors:
-                self._save_wal()
-        if not unchanged:  # who closes last writes the -wal into it, unless that is read-only
+        present = self._look()
+        if present[:2] != self._opened[:2]:
+            # Who closes last writes the -wal into the database, unless that is read-only.
             self.connection.close()
+        elif present[2] != self._opened[2]:
+            self._save_wal()
         self._keeper.close()
         self.connection.close()
-        self._opened, self._folder_changed = [], -1
+        self._opened = []
 
     def _save_wal(self) -> None:
-        before = self._state
+        before = self._opened[0]
         try:
             checkpoint = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             busy, pages, saved = checkpoint.fetchone()
         finally:
-            self._state = _stat(self._names[0])
+            self._opened[0] = self.path.stat().st_mtime_ns
         if busy and saved < max(pages, 0):
             raise sqlite3.OperationalError(f"{self.path}-wal is removed, but in use")
         with suppress(OSError):
-            Path(self._names[2]).unlink()
-            if self._state != before:  # or it may be another process's
-                Path(self._names[1]).unlink()
+            Path(self._folder, f"{self._real_name}-shm").unlink()
+            if self._opened[0] != before:  # or it may be another process's
+                Path(self._folder, f"{self._real_name}-wal").unlink()
 
     def _open(self) -> None:
         if not self.path.is_file() or self.path.read_bytes()[:16] != b"SQLite format 3\0":
             raise sqlite3.OperationalError(f"{self.path} is missing or not an SQLite database")
-        real = self.path.resolve()  # beside which SQLite has the other files
-        self._folder = str(real.parent)
-        self._names = [str(self.path), f"{real}-wal", f"{real}-shm"]
+        real_path = self.path.resolve()  # beside which SQLite has the other files
+        self._folder, self._real_name, self._folder_changed = real_path.parent, real_path.name, -1
         self.connection, self._keeper = self._connect("rw"), self._connect("ro")
-        self._opened, self._state = self._inodes(), _stat(self._names[0])
+        self._opened = self._look()
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"
@@ -200,19 +186,19 @@ class DatabaseFile:
         connection.executescript("PRAGMA synchronous = FULL; PRAGMA schema_version")
         return connection
 
-    def _inodes(self) -> list[int]:
-        return [_stat(name)[0] for name in self._names]
-
-    def _in_place(self) -> bool:
-        # Whoever gives a name to another file changes the folder. To look at it alone is cheaper:
-        # after a stat of the -wal, Linux takes 60 µs longer for the next commit.
-        changed = _stat(self._folder)[1]
-        if changed != self._folder_changed:
-            if self._inodes() != self._opened:
-                return False
-            if time_ns() - changed > 1e9:  # or another change could have the same time
-                self._folder_changed = changed
-        return True
+    def _look(self) -> list[int | None]:
+        try:
+            database, changed = self.path.stat(), self._folder.stat().st_mtime_ns
+            # Whoever gives a name to another file changes the folder.
+            if changed != self._folder_changed:
+                with os.scandir(self._folder) as entries:
+                    inodes = {entry.name: entry.inode() for entry in entries}
+                self._beside = [inodes.get(f"{self._real_name}{end}") for end in ("-wal", "-shm")]
+                if time_ns() - changed > 1e9:  # or another change could have the same time
+                    self._folder_changed = changed
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [database.st_mtime_ns, database.st_ino, *self._beside]
 
 
 @lru_cache
@@ -225,7 +211,7 @@ def _compile_statement(statement: Statement, dialect: sa.Dialect) -> tuple[str, 
 def execute(statement: Statement, **parameters: object) -> list[Any]:
     """Return the rows of a statement; raise StorageError."""
     sql, defaults, row_type = _compile_statement(statement, current_app.extensions["dialect"])
-    with storage_errors, lock:
+    with storage_errors(), lock:
         # By the driver itself: execution by SQLAlchemy costs as much as all the rest.
         rows = _connect().execute(sql, defaults | parameters)
         return [*map(row_type._make, rows)] if row_type._fields else []
@@ -235,7 +221,7 @@ def execute(statement: Statement, **parameters: object) -> list[Any]:
 def transaction(patience: float = 1) -> Iterator[None]:
     """Keep other writers out, after it waited for them these seconds; raise StorageError."""
     extensions = current_app.extensions
-    with storage_errors, lock:
+    with storage_errors(), lock:
         connection, now = _connect(), monotonic()
         # Requests that find the database locked wait together, not one after the other.
         if now - extensions.get("locked_since", -9) > 2:

@@ -162,7 +162,7 @@ def create_all() -> None:
     """Create what is missing, but no key file while something is stored."""
     with suppress(OSError):  # it is there, or not needed
         Path(current_app.instance_path).mkdir(0o700)
-    with storage_errors:
+    with storage_errors():
         # One process at a time: create_all looks first, and creates then.
         if "database_file" in current_app.extensions:
             _create_sqlite_file(current_app.extensions["database_file"].path)
@@ -200,7 +200,7 @@ def backup_command(file: Path) -> None:
     folder = None if str(file) == "-" else file.parent
     if file.exists() and not file.is_file():
         raise click.ClickException(f"{file} is not a regular file.")
-    with storage_errors, TemporaryDirectory(dir=folder) as private_folder:
+    with storage_errors(), TemporaryDirectory(dir=folder) as private_folder:
         copy = Path(private_folder, file.name)
         copy.touch(0o600)
         with closing(sqlite3.connect(copy)) as target:
@@ -218,7 +218,7 @@ def backup_command(file: Path) -> None:
 def restore_command(file: Path) -> None:
     """Put the database of FILE or, for -, of standard input in the place of the present one."""
     database_file = _sqlite_file(file)
-    with storage_errors, TemporaryDirectory() as folder, click.open_file(str(file), "rb") as data:
+    with storage_errors(), TemporaryDirectory() as folder, click.open_file(str(file), "rb") as data:
         present, copy = database_file.look(), Path(folder, "copy")
         present.execute("PRAGMA busy_timeout = 5000")
         copy.write_bytes(data.read())
