@@ -16,7 +16,7 @@ from urllib.parse import quote
 import click
 from flask import Blueprint, Flask, abort, current_app, g, jsonify, request
 from marshmallow import ValidationError
-from waitress import channel, server, task, trigger
+from waitress import server, trigger
 from werkzeug.exceptions import HTTPException, default_exceptions
 from werkzeug.wrappers import Response
 
@@ -61,18 +61,14 @@ def update_provider() -> dict[str, object]:
 @bp.get("")
 def show_provider() -> dict[str, object]:
     """Show the configuration, its API key masked."""
-    config = ProviderConfig.get()
-    if config is None:
-        abort(404, NOT_SET)
+    config = ProviderConfig.get() or abort(404, NOT_SET)
     return schemas.success(schemas.provider_schema.dump(config))
 
 
 @bp.delete("")
 def clear_provider() -> dict[str, object]:
     """Remove the configuration."""
-    provider = ProviderConfig.clear()
-    if provider is None:
-        abort(404, NOT_SET)
+    provider = ProviderConfig.clear() or abort(404, NOT_SET)
     current_app.logger.info("Provider %r removed by %s", provider, g.api_key)
     return schemas.success(True)
 
@@ -205,24 +201,9 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     return app
 
 
-class _Channel(channel.HTTPChannel):
-    # Serves in the thread of the sockets: a second thread would only contend with it.
-    parser_class = schemas.RequestParser
-
-    def handle_read(self) -> None:
-        super().handle_read()
-        while self.requests:
-            self.service()
-
-
-class _Dispatcher(task.ThreadedTaskDispatcher):
-    def add_task(self, _task: Any) -> None:  # noqa: ANN401
-        pass  # its channel does it
-
-
 def create_server(app: Flask, sockets: dict[Any, Any]) -> Any:  # noqa: ANN401
     """Return the server of these sockets, bound to LISTEN; raise ClickException."""
-    server.BaseWSGIServer.channel_class = _Channel
+    server.BaseWSGIServer.channel_class = schemas.Channel
     listen, proxy = app.config["LISTEN"], app.config["TRUSTED_PROXY"]
     try:
         # A stranger may send 16 KiB of headers (by default 256) and 128 KiB of body (1 GiB), and
@@ -230,7 +211,7 @@ def create_server(app: Flask, sockets: dict[Any, Any]) -> Any:  # noqa: ANN401
         return server.create_server(
             app,
             sockets,
-            _dispatcher=_Dispatcher(),
+            _dispatcher=schemas.Dispatcher(),
             listen=listen,
             trusted_proxy=proxy,
             trusted_proxy_headers="x-forwarded-for" if proxy else "",

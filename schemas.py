@@ -1,4 +1,4 @@
-"""What is validated: the settings, and the wire with its requests and response envelopes."""
+"""What is validated: the settings, and the wire with its connections and envelopes."""
 
 import json
 import os
@@ -13,7 +13,9 @@ from flask import abort, current_app
 from flask.helpers import get_load_dotenv
 from flask.json.provider import DefaultJSONProvider
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
+from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.task import Task, ThreadedTaskDispatcher
 
 from database import engine_settings
 
@@ -162,6 +164,25 @@ class RequestParser(HTTPRequestParser):
             super().parse_header(header_plus)
         except ValueError as error:
             raise ParsingError("Malformed header") from error
+
+
+class Channel(HTTPChannel):
+    """A connection that is served in the thread of the sockets; a second would only contend."""
+
+    parser_class = RequestParser
+
+    def handle_read(self) -> None:
+        """Receive what has come, and answer the requests that it completes."""
+        super().handle_read()
+        while self.requests:
+            self.service()
+
+
+class Dispatcher(ThreadedTaskDispatcher):
+    """No threads, as each channel serves its own requests."""
+
+    def add_task(self, task: Task) -> None:
+        """Leave the request to its channel."""
 
 
 def summarize(error: ValidationError) -> str:
