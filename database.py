@@ -42,6 +42,7 @@ BEGIN = {
     "sqlite": ["PRAGMA busy_timeout = {}", "BEGIN IMMEDIATE"],
     "postgresql": ["BEGIN; SET LOCAL lock_timeout = {}; LOCK provider_config IN EXCLUSIVE MODE"],
 }
+SQLITE_HEADER = b"SQLite format 3\0"
 lock = RLock()  # the development server has several threads
 
 
@@ -171,7 +172,7 @@ class DatabaseFile:
                 Path(self._folder, f"{self._real_name}-wal").unlink()
 
     def _open(self) -> None:
-        if not self.path.is_file() or self.path.read_bytes()[:16] != b"SQLite format 3\0":
+        if not self.path.is_file() or self.path.read_bytes()[:16] != SQLITE_HEADER:
             raise sqlite3.OperationalError(f"{self.path} is missing or not an SQLite database")
         real_path = self.path.resolve()  # beside which SQLite has the other files
         self._folder, self._real_name, self._folder_changed = real_path.parent, real_path.name, -1

@@ -198,9 +198,10 @@ def backup_command(file: Path) -> None:
     """Write the database, as it is at one moment, to FILE or, for -, to standard output."""
     database_file = _sqlite_file(file)
     folder = None if str(file) == "-" else file.parent
-    if file.exists() and not file.is_file():
-        raise click.ClickException(f"{file} is not a regular file.")
     with storage_errors(), TemporaryDirectory(dir=folder) as private_folder:
+        replaceable = {b"", database.SQLITE_HEADER}  # no encryption key, above all
+        if file.exists() and not (file.is_file() and file.read_bytes()[:16] in replaceable):
+            raise click.ClickException(f"{file} is not a database, and is not replaced.")
         copy = Path(private_folder, file.name)
         copy.touch(0o600)
         with closing(sqlite3.connect(copy)) as target:

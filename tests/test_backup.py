@@ -2,6 +2,7 @@ import os
 import shutil
 import sqlite3
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
@@ -73,7 +74,8 @@ def test_backup_goes_through_pipes(app: Flask, runner: FlaskCliRunner, tmp_path:
 
 def test_backup_replaces_an_older_one(app: Flask, runner: FlaskCliRunner, tmp_path: Path) -> None:
     backup = tmp_path / "backup"
-    backup.write_bytes(b"older" * 100_000)
+    put(app, "older")
+    runner.invoke(args=["backup", str(backup)])
     put(app, "first")
     assert runner.invoke(args=["backup", str(backup)]).exit_code == 0
     with closing(sqlite3.connect(backup)) as database:
@@ -196,15 +198,22 @@ def test_restore_into_a_locked_database_is_an_error_after_a_bounded_wait(
     assert stored(app) == before
 
 
-def test_pipe_is_not_replaced_by_a_backup(
-    app: Flask, runner: FlaskCliRunner, tmp_path: Path
+def make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("change", [Path.touch, make_pipe])
+def test_what_is_no_database_is_not_replaced_by_a_backup(
+    app: Flask, runner: FlaskCliRunner, key_file: Path, change: Callable[[Path], object]
 ) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
     put(app, "first")
-    result = runner.invoke(args=["backup", str(pipe)])
-    assert (result.exit_code, result.stderr) == (1, f"Error: {pipe} is not a regular file.\n")
-    assert pipe.is_fifo()
+    change(key_file)
+    before = key_file.stat()
+    result = runner.invoke(args=["backup", str(key_file)])
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: {key_file} is not a database, and is not replaced.\n"
+    assert key_file.stat().st_ino == before.st_ino
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
