@@ -4,11 +4,13 @@ import json
 import os
 import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 from dotenv import dotenv_values, find_dotenv
+from dotenv.parser import parse_stream
 from flask import abort, current_app
 from flask.helpers import get_load_dotenv
 from flask.json.provider import DefaultJSONProvider
@@ -64,6 +66,8 @@ def read_settings(root: Path) -> dict[str, Any]:
         raise click.ClickException(summarize(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error.filename}: {error.strerror}.") from error
+    except UnicodeError as error:
+        raise click.ClickException(f"{root / '.env'}: Must be UTF-8.") from error
     names = settings["AI_PROVIDERS"].split(",")
     settings["AI_PROVIDERS"] = [name.strip() for name in names if name.strip()]
     settings["TRUSTED_PROXY"] = str(settings["TRUSTED_PROXY"])
@@ -76,9 +80,16 @@ def read_settings(root: Path) -> dict[str, Any]:
 def _read_environment(root: Path) -> dict[str, str | None]:
     if not get_load_dotenv():
         return {**os.environ}
-    # Flask has put the .env of the current folder, whosever it is, into the environment.
-    other = dotenv_values(find_dotenv(usecwd=True) or os.devnull)
+    # Flask has put those of the current folder, whosever they are, into the environment.
+    other: dict[str, str | None] = {}
+    for name in (".flaskenv", ".env"):
+        other |= dotenv_values(find_dotenv(name, usecwd=True) or os.devnull)
     environment = {name: value for name, value in os.environ.items() if other.get(name) != value}
+    with suppress(FileNotFoundError), Path(root, ".env").open(encoding="utf-8") as file:
+        for line in parse_stream(file):
+            if line.error:
+                place = f".env, line {line.original.line}"
+                raise ValidationError({place: ["Must be NAME=value."]})
     settings = dotenv_values(root / ".env")
     if unknown := settings.keys() - SettingsSchema().fields:
         raise ValidationError({name: ["Not a setting; see .env.example."] for name in unknown})

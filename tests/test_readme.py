@@ -115,9 +115,10 @@ def test_variable_of_the_environment_wins(checkout: Path) -> None:
     assert run(f"LOG_LEVEL=INFO {create}", checkout).returncode == 0
 
 
-def test_file_of_another_application_is_not_read(checkout: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [".env", ".flaskenv"])
+def test_file_of_another_application_is_not_read(checkout: Path, tmp_path: Path, name: str) -> None:
     credential = create_credential(checkout)
-    (tmp_path / ".env").write_text("DATABASE_URL=sqlite:////nowhere/other.db\n")
+    (tmp_path / name).write_text("DATABASE_URL=sqlite:////nowhere/other.db\n")
     flask = f"{checkout}/.venv/bin/flask --app {checkout}/app.py"
     assert credential[:32] in run(f"{flask} credentials list", tmp_path).stdout
 

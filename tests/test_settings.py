@@ -276,6 +276,25 @@ def test_misspelt_setting_in_the_file_is_refused(file_of_settings: Path) -> None
         create_app()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"LOG_LEVEL=INFO\nLISTEN: 127.0.0.1:8081\n", ".env, line 2: Must be NAME=value."),
+        (b'LISTEN="127.0.0.1:8081\n', ".env, line 1: Must be NAME=value."),
+        (b"# f\xfcr\n", "{folder}/.env: Must be UTF-8."),
+    ],
+    ids=["colon", "quote", "latin-1"],
+)
+def test_malformed_file_of_settings_is_refused(
+    file_of_settings: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    file_of_settings.write_bytes(content)
+    monkeypatch.chdir("/")  # Flask would complain of the file there itself
+    with pytest.raises(ClickException) as raised:
+        create_app()
+    assert raised.value.message == message.format(folder=file_of_settings.parent)
+
+
 def serve_as_nobody() -> None:
     with without_privileges():
         serve()
