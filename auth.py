@@ -63,8 +63,8 @@ def authenticate() -> None:
 @click.option("--name", help="What the credential is for.")
 def create_command(name: str | None) -> None:
     """Print a new credential as api_key:api_secret."""
-    if name and not name.isprintable():
-        raise click.BadParameter("must be printable", param_hint="--name")
+    if name and not (name.isprintable() and len(name) <= 60):
+        raise click.BadParameter("must be printable, 60 characters at most", param_hint="--name")
     create_all()
     credential = Credential.issue(name)
     click.echo(credential)
@@ -86,7 +86,7 @@ def list_command() -> None:
 @click.argument("api_key")
 def revoke_command(api_key: str) -> None:
     """Make the credential of this API key invalid from the next request on."""
-    api_key = api_key.partition(":")[0]  # of the whole credential, too
+    api_key = api_key.strip().partition(":")[0]  # of the whole credential, too
     if not api_key.isascii() or not Credential.revoke(api_key):
         raise click.ClickException(
             "No credential has this API key. `flask credentials list` shows those that exist."

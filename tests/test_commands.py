@@ -35,10 +35,13 @@ def test_list_is_a_table_without_secrets(runner: FlaskCliRunner, client: FlaskCl
     )
 
 
-def test_unprintable_name_is_refused(runner: FlaskCliRunner) -> None:
-    result = runner.invoke(args=["credentials", "create", "--name", "a\udcff"])
+@pytest.mark.parametrize("name", ["a\udcff", "a\nb", "a" * 61])
+def test_name_that_would_spoil_the_list_is_refused(runner: FlaskCliRunner, name: str) -> None:
+    result = runner.invoke(args=["credentials", "create", "--name", name])
     assert result.exit_code == 2
-    assert result.stderr.endswith("Error: Invalid value for --name: must be printable\n")
+    assert result.stderr.endswith(
+        "Error: Invalid value for --name: must be printable, 60 characters at most\n"
+    )
     assert len(runner.invoke(args=["credentials", "list"]).stdout.splitlines()) == 1
 
 
@@ -58,7 +61,7 @@ def test_revoke_ends_a_credential(
 def test_revoke_accepts_the_whole_credential(
     runner: FlaskCliRunner, credential: str, client: FlaskClient, auth_headers: dict[str, str]
 ) -> None:
-    result = runner.invoke(args=["credentials", "revoke", credential])
+    result = runner.invoke(args=["credentials", "revoke", f" {credential} "])
     assert (result.exit_code, result.stdout, result.stderr) == (
         0,
         "",
@@ -125,7 +128,7 @@ def test_clear_removes_the_configuration(
 def test_nothing_set_is_an_error(runner: FlaskCliRunner, args: list[str]) -> None:
     result = runner.invoke(args=["provider", *args])
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "Error: No provider is set yet.\n"
+    assert result.stderr == "Error: No provider is set.\n"
 
 
 @pytest.mark.parametrize("option", [[], ["--reveal"]], ids=["masked", "reveal"])
@@ -140,7 +143,7 @@ def test_unreadable_api_key_is_an_error(
     key_file.write_bytes(OTHER_ENCRYPTION_KEY)
     result = runner.invoke(args=["provider", "show", *option])
     assert (result.exit_code, result.stdout) == (1, "")
-    cause = f"{key_file}: no key in it encrypted what is stored."
+    cause = f"{key_file}: no key in it decrypts what is stored."
     assert result.stderr.endswith(f"Error: {cause} {UNREADABLE['message']}\n")
 
 
