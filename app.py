@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent
 # Keep secrets out of caches, and browsers from guessing a type (OWASP).
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
-NOT_SET = "No provider is set yet."
+NOT_SET = "No provider is set."
 MESSAGES = {  # for errors that are raised without one
     404: "The paths are /api/v1/ai/provider, /health and /openapi.yaml.",
     405: "This path has the methods {allow}.",

@@ -22,7 +22,7 @@ from sqlalchemy.sql.selectable import ExecutableReturnsRows as Statement
 class StorageError(click.ClickException):
     """A fault of what is stored; the message has the remedy, `public` is for clients."""
 
-    public = "What is stored cannot be read or written. The log of the service names the cause."
+    public = "What is stored cannot be read or written. If that lasts, the log names the cause."
 
 
 class Base(DeclarativeBase):
@@ -106,7 +106,9 @@ def storage_errors() -> Iterator[None]:
 
 def report(message: str) -> None:
     """Say what a command changed, and why the log of the service does not."""
-    click.echo(f"{message} (The log of the service has only what it does itself.)", err=True)
+    click.echo(
+        f"{message} (It is not in the log, which has only what the service itself does.)", err=True
+    )
 
 
 def explain(error: OSError) -> str:
@@ -117,8 +119,9 @@ def explain(error: OSError) -> str:
     place = Path(os.path.realpath(error.filename))
     while not os.path.lexists(place):
         place = place.parent
-    users = f"belongs to user {place.lstat().st_uid}; this process runs as user {os.geteuid()}"
-    return f"{fault} {place} {users}."
+    status = place.lstat()
+    owner = f"{place} belongs to user {status.st_uid}, mode {status.st_mode & 0o777:o}"
+    return f"{fault} {owner}; this process runs as user {os.geteuid()}."
 
 
 class DatabaseFile:
@@ -173,7 +176,8 @@ class DatabaseFile:
 
     def _open(self) -> None:
         if not self.path.is_file() or self.path.read_bytes()[:16] != SQLITE_HEADER:
-            raise sqlite3.OperationalError(f"{self.path} is missing or not an SQLite database")
+            fault = "is damaged or missing; a start of the service creates a missing one"
+            raise sqlite3.OperationalError(f"{self.path} {fault}")
         real_path = self.path.resolve()  # beside which SQLite has the other files
         self._folder, self._real_name, self._folder_changed = real_path.parent, real_path.name, -1
         self.connection, self._keeper = self._connect("rw"), self._connect("ro")

@@ -63,7 +63,7 @@ class KeyFile:
         try:
             return self.read().decrypt(token).decode()
         except InvalidToken as error:
-            cause = f"{self.path}: no key in it encrypted what is stored."
+            cause = f"{self.path}: no key in it decrypts what is stored."
             raise DecryptionError(f"{cause} {DecryptionError.public}") from error
 
     def create(self) -> None:

@@ -231,7 +231,7 @@ def restore_command(file: Path) -> None:
     report(f"Restored {database_file.path} from {file}.")
     try:
         ProviderConfig.check()
-        click.echo("The present encryption key can decrypt what it holds.", err=True)
+        click.echo("The present encryption key decrypts what was restored.", err=True)
     except StorageError as error:
         click.echo(f"Warning: {error}", err=True)
 

@@ -24,7 +24,7 @@ from database import engine_settings
 NAMES = validate.Regexp(r"[\s,]*[^\s,]", error="Must not be empty.")
 NOT_EMPTY = validate.Length(1, error="Must not be empty.")
 NAME_LENGTH = validate.Length(
-    1, 30, error="Must have 1 to 30 characters. Did you put the API key here?"
+    max=30, error="Must have 1 to 30 characters. Did you put the API key here?"
 )
 API_KEY_LENGTH = validate.Length(1, 4096, error="Must have 1 to 4096 characters.")
 
@@ -121,7 +121,7 @@ class ProviderSchema(Schema):
     """A provider configuration, as a PUT sets it and a GET shows it."""
 
     provider = fields.String(
-        required=True, validate=[NAME_LENGTH, _validate_header_value, _validate_allowed]
+        required=True, validate=[NOT_EMPTY, NAME_LENGTH, _validate_header_value, _validate_allowed]
     )
     api_key = SecretString(required=True, validate=[API_KEY_LENGTH, _validate_header_value])
     updated_at = fields.String(dump_only=True)

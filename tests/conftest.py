@@ -319,7 +319,7 @@ def forget_last_use(database_url: str) -> None:
 
 def reported(message: str) -> str:
     """Return what a command prints of a change."""
-    return f"{message} (The log of the service has only what it does itself.)\n"
+    return f"{message} (It is not in the log, which has only what the service itself does.)\n"
 
 
 def flask(*arguments: str, **settings: str) -> tuple[int, str, str]:
@@ -343,7 +343,7 @@ def failure(error_type: str, message: str, data: object = None) -> dict[str, obj
 
 INTERNAL_ERROR = failure(
     "GeneralException",
-    "What is stored cannot be read or written. The log of the service names the cause.",
+    "What is stored cannot be read or written. If that lasts, the log names the cause.",
 )
 UNREADABLE = failure(
     "GeneralException",

@@ -31,7 +31,7 @@ def put(app: Flask, provider: str) -> None:
 
 
 def restored(tmp_path: Path, file: object, state: str = "") -> str:
-    state = state or "The present encryption key can decrypt what it holds."
+    state = state or "The present encryption key decrypts what was restored."
     return reported(f"Restored {tmp_path}/ai-provider.db from {file}.") + f"{state}\n"
 
 
@@ -151,7 +151,7 @@ def test_restore_tells_when_the_key_is_another(
     key_file.write_bytes(OTHER_ENCRYPTION_KEY)
     result = runner.invoke(args=["restore", str(backup)])
     assert result.exit_code == 0
-    cause = f"{key_file}: no key in it encrypted what is stored."
+    cause = f"{key_file}: no key in it decrypts what is stored."
     assert result.stderr == restored(tmp_path, backup, f"Warning: {cause} {UNREADABLE['message']}")
 
 

@@ -15,6 +15,7 @@ SPACE = "Must not begin or end with whitespace or a line break."
 ASCII = "Must be printable ASCII. (A masked key is not.)"
 TYPE = "Not a valid string."
 MISSING = "Missing data for required field."
+EMPTY = {"provider": "Must not be empty.", "api_key": "Must have 1 to 4096 characters."}
 LENGTHS = {
     "provider": "Must have 1 to 30 characters. Did you put the API key here?",
     "api_key": "Must have 1 to 4096 characters.",
@@ -82,7 +83,7 @@ def test_mask_hides_length_and_short_keys(
 def test_get_before_the_first_put_is_404(client: FlaskClient, auth_headers: dict[str, str]) -> None:
     answer = client.get(URL, headers=auth_headers)
     assert answer.status_code == 404
-    assert answer.json == failure("NotFoundException", "No provider is set yet.")
+    assert answer.json == failure("NotFoundException", "No provider is set.")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ BAD_FIELDS = [
     pytest.param({field: value}, {field: messages}, id=f"{field}-{name}")
     for field in ("provider", "api_key")
     for name, value, messages in [
-        ("empty", "", [LENGTHS[field]]),
+        ("empty", "", [EMPTY[field]]),
         ("too long", "SECRET" * 683, [LENGTHS[field]]),
         ("number", 53127, [TYPE]),
         ("boolean", True, [TYPE]),
@@ -132,7 +133,7 @@ BAD_FIELDS = [
         pytest.param({"\ud800é": 1}, {"\ud800é": ["Unknown field."]}, id="unknown surrogate"),
         pytest.param(
             {"provider": "", "api_key": 1},
-            {"provider": [LENGTHS["provider"]], "api_key": [TYPE]},
+            {"provider": [EMPTY["provider"]], "api_key": [TYPE]},
             id="both",
         ),
     ],
@@ -240,7 +241,7 @@ def test_delete_removes_the_configuration(
 def test_delete_of_nothing_is_404(client: FlaskClient, auth_headers: dict[str, str]) -> None:
     answer = client.delete(URL, headers=auth_headers)
     assert answer.status_code == 404
-    assert answer.json == failure("NotFoundException", "No provider is set yet.")
+    assert answer.json == failure("NotFoundException", "No provider is set.")
 
 
 def test_delete_is_logged_with_its_author(

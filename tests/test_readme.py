@@ -68,7 +68,7 @@ def test_backup_of_a_running_service_is_restored_with_its_key(
     assert {path.stat().st_mode for path in copies} == {0o100600}
     run_block("provider rotate-key", checkout)
     assert server.put(OTHER, credential).status == 200
-    assert "The present encryption key can decrypt what it holds." in run_block(
+    assert "The present encryption key decrypts what was restored." in run_block(
         "restore -", checkout
     )
     assert server.get(credential).body == before

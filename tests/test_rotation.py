@@ -85,7 +85,7 @@ def test_rotation_without_the_right_key_changes_nothing_stored(
     key_file.write_bytes(OTHER_ENCRYPTION_KEY)
     result = runner.invoke(args=["provider", "rotate-key"])
     assert (result.exit_code, result.stdout) == (1, "")
-    assert f"Error: {key_file}: no key in it encrypted what is stored." in result.stderr
+    assert f"Error: {key_file}: no key in it decrypts what is stored." in result.stderr
     assert key_file.read_bytes() == OTHER_ENCRYPTION_KEY
     key_file.write_bytes(key)
     assert stored(app) == before

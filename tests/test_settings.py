@@ -45,7 +45,8 @@ DATABASE_URLS = {
     "postgresql://user:p@SECRET@127.0.0.1:1/db": BAD_DATABASE_URL,
     "postgresql://user:p@SECRET/x@127.0.0.1:1/db": BAD_DATABASE_URL,
     "sqlite:////nowhere/x.db": (
-        f"Database error: /nowhere/x.db is missing or not an SQLite database. {REMEDY}"
+        "Database error: /nowhere/x.db is damaged or missing; a start of the service creates a"
+        f" missing one. {REMEDY}"
     ),
     "postgresql://user:SECRET@127.0.0.1:1/db": (
         'Database error: connection failed: connection to server at "127.0.0.1", port 1'
@@ -311,13 +312,14 @@ def test_file_or_folder_without_permission_names_its_owner(name: str) -> None:
         Path(folder).chmod(0o777)
         (Path(folder) / "ai-provider.db").chmod(0o666)
         (Path(folder) / "encryption.key").chmod(0o666)
-        (Path(folder) / name).chmod(0o555 if name == "" else 0o400)
+        mode = 0o555 if name == "" else 0o400
+        (Path(folder) / name).chmod(mode)
         status, output, log = run(serve_as_nobody, **settings)
         Path(folder).chmod(0o700)
     place = f"{folder}/{name}".rstrip("/")
     assert (status, output) == (1, "")
     assert (
-        f"{place} belongs to user {os.geteuid()}; this process runs as user "
+        f"{place} belongs to user {os.geteuid()}, mode {mode:o}; this process runs as user "
         in log.splitlines()[-1]
     )
     assert "remove" not in log
@@ -339,7 +341,8 @@ def test_key_file_in_a_closed_folder_names_its_owner() -> None:
         }
         status, output, log = run(serve_as_nobody, **settings)
     assert (status, output) == (1, "")
-    assert f"{keys} belongs to user {os.geteuid()}; this process runs" in log.splitlines()[-1]
+    owner = f"{keys} belongs to user {os.geteuid()}, mode 700; this process runs"
+    assert owner in log.splitlines()[-1]
     assert "Traceback" not in log
 
 
