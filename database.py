@@ -166,7 +166,7 @@ class DatabaseFile:
             checkpoint = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             busy, pages, saved = checkpoint.fetchone()
         finally:
-            self._opened[0] = self.path.stat().st_mtime_ns
+            self._opened[0] = self.path.stat().st_ctime_ns
         if busy and saved < max(pages, 0):
             raise sqlite3.OperationalError(f"{self.path}-wal is removed, but in use")
         with suppress(OSError):
@@ -193,7 +193,7 @@ class DatabaseFile:
 
     def _look(self) -> list[int | None]:
         try:
-            database, changed = self.path.stat(), self._folder.stat().st_mtime_ns
+            database, changed = self.path.stat(), self._folder.stat().st_ctime_ns
             # Whoever gives a name to another file changes the folder.
             if changed != self._folder_changed:
                 with os.scandir(self._folder) as entries:
@@ -203,7 +203,7 @@ class DatabaseFile:
                     self._folder_changed = changed
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return [database.st_mtime_ns, database.st_ino, *self._beside]
+        return [database.st_ctime_ns, database.st_ino, *self._beside]
 
 
 @lru_cache

@@ -36,7 +36,7 @@ class KeyFile:
         path = self.path
         try:
             state = path.stat()
-            version = (state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size)
+            version = (state.st_dev, state.st_ino, state.st_ctime_ns)
             if version != self.version:
                 if not S_ISREG(state.st_mode):  # a FIFO would block
                     raise StorageError(f"ENCRYPTION_KEY_FILE must name a regular file, not {path}.")
