@@ -16,7 +16,8 @@ from urllib.parse import quote
 import click
 from flask import Blueprint, Flask, abort, current_app, g, jsonify, request
 from marshmallow import ValidationError
-from waitress import server, trigger
+from waitress.adjustments import Adjustments
+from waitress.trigger import trigger
 from werkzeug.exceptions import HTTPException, default_exceptions
 from werkzeug.wrappers import Response
 
@@ -81,8 +82,7 @@ def check_health() -> dict[str, object]:
 
 def show_document() -> Response:
     """Show the OpenAPI document of this interface."""
-    document = Path(current_app.root_path, "openapi.yaml").read_bytes()
-    return Response(document, mimetype="application/yaml")
+    return Response((ROOT / "openapi.yaml").read_bytes(), mimetype="application/yaml")
 
 
 @bp.cli.command("show")
@@ -201,20 +201,17 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     return app
 
 
-def create_server(app: Flask, sockets: dict[Any, Any]) -> Any:  # noqa: ANN401
-    """Return the server of these sockets, bound to LISTEN; raise ClickException."""
-    server.BaseWSGIServer.channel_class = schemas.Channel
+def create_servers(app: Flask, sockets: dict[Any, Any]) -> list[schemas.Server]:
+    """Return a server for each address of LISTEN, bound to it; raise ClickException."""
     listen, proxy = app.config["LISTEN"], app.config["TRUSTED_PROXY"]
     try:
         # A stranger may send 16 KiB of headers (by default 256) and 128 KiB of body (1 GiB), and
         # stall 500 connections (100) for 10 seconds (120), if there are descriptors for them.
-        return server.create_server(
-            app,
-            sockets,
-            _dispatcher=schemas.Dispatcher(),
+        limits: Any = Adjustments(
             listen=listen,
             trusted_proxy=proxy,
             trusted_proxy_headers="x-forwarded-for" if proxy else "",
+            threads=0,
             max_request_header_size=16 * 1024,
             max_request_body_size=128 * 1024,
             connection_limit=min(500, os.sysconf("SC_OPEN_MAX") - 32),
@@ -222,23 +219,19 @@ def create_server(app: Flask, sockets: dict[Any, Any]) -> Any:  # noqa: ANN401
             cleanup_interval=5,
             ident="",
         )
+        return [schemas.Server(app, sockets, adj=limits, sockinfo=each) for each in limits.listen]
     except (OSError, ValueError) as error:
         raise click.ClickException(f"Cannot listen on LISTEN={listen}: {error}") from error
 
 
-class _SignalTrigger(trigger.trigger):
-    # Ends the loop while this thread holds no lock, as it may where the signal strikes.
-    trigger: int
-
-    def __init__(self, sockets: dict[Any, Any]) -> None:
-        super().__init__(sockets)
-        os.set_blocking(self.trigger, False)
-        signal.set_wakeup_fd(self.trigger)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
-
-    def handle_read(self) -> None:
-        raise SystemExit
+def _stop_on_signals(sockets: dict[Any, Any]) -> None:
+    # Ends the loop between two events, not wherever the signal strikes; after 5 seconds anywhere.
+    pipe: Any = trigger(sockets)
+    pipe.thunks.append(sockets.clear)
+    os.set_blocking(pipe.trigger, False)
+    signal.set_wakeup_fd(pipe.trigger)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: signal.alarm(5))
 
 
 @click.command(epilog=schemas.SETTINGS_HELP)
@@ -257,15 +250,14 @@ def main() -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
     sockets: dict[Any, Any] = {}
-    web_server = create_server(app, sockets)
-    _SignalTrigger(sockets)
-    host, _, port = app.config["LISTEN"].rpartition(":")
-    url = f"http://{host}:{getattr(web_server, 'effective_port', port)}"
+    server = create_servers(app, sockets)[0]
+    _stop_on_signals(sockets)
+    url = f"http://{app.config['LISTEN'].rpartition(':')[0]}:{server.getsockname()[1]}"
     app.logger.info("Serving version %s on %s", VERSION, url)
     if address := os.environ.get("NOTIFY_SOCKET"):  # `systemctl start` waits (sd_notify(3))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
             systemd.sendto(b"READY=1", address.replace("@", "\0", 1))
-    web_server.run()
+    server.run()
     app.logger.info("Stopped version %s on %s", VERSION, url)
 
 

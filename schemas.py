@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from flask.json.provider import DefaultJSONProvider
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.task import Task, ThreadedTaskDispatcher
+from waitress.server import TcpWSGIServer
+from waitress.task import Task
 
 from database import engine_settings
 
@@ -38,11 +38,6 @@ def _validate_host_and_port(value: str) -> None:
 class SettingsSchema(Schema):
     """The settings, as the environment has them."""
 
-    class Meta:
-        """The environment holds more than settings."""
-
-        unknown = EXCLUDE
-
     AI_PROVIDERS = fields.String(load_default="", validate=NAMES)
     DATABASE_URL = fields.String(load_default="sqlite:///ai-provider.db", validate=NOT_EMPTY)
     ENCRYPTION_KEY_FILE = fields.String(load_default="encryption.key", validate=NOT_EMPTY)
@@ -61,7 +56,7 @@ SETTINGS_HELP = "\b\nSettings and their defaults, from .env or the environment:"
 def read_settings(root: Path) -> dict[str, Any]:
     """Return the settings of the application in this folder; raise ClickException."""
     try:
-        settings: dict[str, Any] = SettingsSchema().load(_read_environment(root))
+        settings: dict[str, Any] = SettingsSchema(unknown=EXCLUDE).load(_read_environment(root))
     except ValidationError as error:
         raise click.ClickException(summarize(error)) from error
     except OSError as error:
@@ -157,12 +152,11 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def _require_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise ValidationError(
-            {name: ["Given more than once."] for name in counts if counts[name] > 1}
-        )
+    value: dict[str, Any] = {}
+    for name, item in pairs:
+        if name in value:
+            raise ValidationError({name: ["Given more than once."]})
+        value[name] = item
     return value
 
 
@@ -181,19 +175,37 @@ class Channel(HTTPChannel):
     """A connection that is served in the thread of the sockets; a second would only contend."""
 
     parser_class = RequestParser
+    handle_expt = HTTPChannel.handle_close  # urgent data would keep the loop busy
 
-    def handle_read(self) -> None:
-        """Receive what has come, and answer the requests that it completes."""
-        super().handle_read()
-        while self.requests:
+    def writable(self) -> bool:
+        """Return whether there is anything to send or to answer."""
+        return bool(self.requests) or super().writable()
+
+    def handle_write(self) -> None:
+        """Send what is left of an answer; when that is taken, answer one request."""
+        super().handle_write()
+        if self.requests and not self.total_outbufs_len:
             self.service()
 
 
-class Dispatcher(ThreadedTaskDispatcher):
-    """No threads, as each channel serves its own requests."""
+class Server(TcpWSGIServer):
+    """A server without threads: each channel answers its own requests."""
+
+    channel_class = Channel
+
+    def handle_accept(self) -> None:
+        """Accept every connection that waits, and not only one between two rounds of requests."""
+        channels: Any = self.active_channels
+        present = -1
+        while present < len(channels) and self.readable():
+            present = len(channels)
+            super().handle_accept()
 
     def add_task(self, task: Task) -> None:
         """Leave the request to its channel."""
+
+    def pull_trigger(self) -> None:
+        """Wake nobody: the thread of the sockets is at work."""
 
 
 def summarize(error: ValidationError) -> str:

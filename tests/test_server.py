@@ -32,7 +32,7 @@ from conftest import (
 from flask import Flask
 from processes import ROOT, start_interpreter, start_program
 
-from app import VERSION, _JournalFormatter, create_server
+from app import VERSION, _JournalFormatter, create_servers
 
 SUCCESS = {"status": "success", "data": True}
 
@@ -106,8 +106,9 @@ def test_interrupt_of_the_start_has_no_traceback(delay: float) -> None:
     process = start_interpreter("app.py")
     while not catches_interrupt(process.pid):
         """Python itself starts."""
-    while catches_interrupt(process.pid):
-        """Python starts to read the module."""
+    for _ in range(10_000):  # Python starts to read the module; or has, unseen
+        if not catches_interrupt(process.pid):
+            break
     with suppress(subprocess.TimeoutExpired):
         process.wait(delay)
     process.send_signal(signal.SIGINT)
@@ -246,6 +247,21 @@ def test_client_that_reads_no_answer_keeps_nobody_out(server: Server) -> None:
         assert server.request("GET", "/health").status == 200
 
 
+def test_requests_sent_in_advance_keep_nobody_out(server: Server) -> None:
+    with ExitStack() as stack:
+        for _ in range(160):
+            connection = stack.enter_context(connect(server))
+            connection.sendall(b"GET / HTTP/1.1\r\n\r\n" * 455)
+        assert server.request("GET", "/health").status == 200
+
+
+def test_urgent_data_ends_the_connection(server: Server) -> None:
+    with connect(server) as connection:
+        connection.send(b"x", socket.MSG_OOB)
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+
+
 def test_few_descriptors_are_no_flood_in_the_log(
     start_server: StartServer, credential: str, key_file: Path
 ) -> None:
@@ -293,7 +309,7 @@ def test_client_that_goes_away_leaves_no_traceback(
 
 
 def test_idle_connections_have_a_limit_in_time(app: Flask) -> None:
-    server = create_server(app, {})
+    (server,) = create_servers(app, {})
     server.close()
     assert (server.adj.channel_timeout, server.adj.cleanup_interval) == (10, 5)
 
