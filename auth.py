@@ -75,11 +75,10 @@ def create_command(name: str | None) -> None:
 def list_command() -> None:
     """Print the credentials as a table, without secrets."""
     line = "{:32}  {:20}  {:17}  {}".format
-    rows = [
-        line(each.api_key, each.created_at, each.last_used_at or "never", each.name or "")
-        for each in Credential.all()
-    ]
-    click.echo("\n".join([line("API_KEY", "CREATED", "LAST_USED", "NAME"), *rows]))
+    rows = Credential.all()
+    click.echo(line("API_KEY", "CREATED", "LAST_USED", "NAME"))
+    for row in rows:
+        click.echo(line(row.api_key, row.created_at, row.last_used_at or "never", row.name or ""))
 
 
 @credentials.command("revoke")

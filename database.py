@@ -30,11 +30,7 @@ class Base(DeclarativeBase):
 
 
 # A server of PostgreSQL may have been restarted since the last request.
-ENGINE_OPTIONS = {
-    "isolation_level": "AUTOCOMMIT",
-    "pool_reset_on_return": None,
-    "pool_pre_ping": True,
-}
+ENGINE_OPTIONS = {"isolation_level": "AUTOCOMMIT", "pool_pre_ping": True}
 db = SQLAlchemy(model_class=Base, engine_options=ENGINE_OPTIONS)
 
 # How a transaction keeps other writers out; it waits for them for so many milliseconds.

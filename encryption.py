@@ -28,8 +28,7 @@ class KeyFile:
     @property
     def path(self) -> Path:
         """Where ENCRYPTION_KEY_FILE is, links followed."""
-        path: Path = current_app.config["ENCRYPTION_KEY_FILE"]
-        return path
+        return Path(current_app.config["ENCRYPTION_KEY_FILE"])
 
     def read(self) -> MultiFernet:
         """Return the cipher of the present keys; raise StorageError."""
@@ -87,8 +86,7 @@ class KeyFile:
         if os.path.lexists(self.path):
             self.read()
             if self.path.stat().st_mode & 0o026:
-                advice = f"Run: chmod 600 {self.path}"
-                current_app.logger.warning("Others can access the encryption key file. %s", advice)
+                current_app.logger.warning("Others can access keys. Run: chmod 600 %s", self.path)
 
     def _write(self, keys: bytes, replaced: os.stat_result | None = None) -> None:
         # Whole or not at all, and over no other file than the one given.

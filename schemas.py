@@ -17,15 +17,13 @@ from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
-from waitress.task import Task
 
 from database import engine_settings
 
 NAMES = validate.Regexp(r"[\s,]*[^\s,]", error="Must not be empty.")
 NOT_EMPTY = validate.Length(1, error="Must not be empty.")
-NAME_LENGTH = validate.Length(
-    max=30, error="Must have 1 to 30 characters. Did you put the API key here?"
-)
+NAME_LENGTH = validate.Length(max=30, error="Must have 1 to 30 characters. Is it the API key?")
+LEVELS = validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
 API_KEY_LENGTH = validate.Length(1, 4096, error="Must have 1 to 4096 characters.")
 
 
@@ -42,9 +40,7 @@ class SettingsSchema(Schema):
     DATABASE_URL = fields.String(load_default="sqlite:///ai-provider.db", validate=NOT_EMPTY)
     ENCRYPTION_KEY_FILE = fields.String(load_default="encryption.key", validate=NOT_EMPTY)
     LISTEN = fields.String(load_default="127.0.0.1:8080", validate=_validate_host_and_port)
-    LOG_LEVEL = fields.String(
-        load_default="INFO", validate=validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
-    )
+    LOG_LEVEL = fields.String(load_default="INFO", validate=LEVELS)
     TRUSTED_PROXY = fields.IP(load_default="")
 
 
@@ -172,40 +168,27 @@ class RequestParser(HTTPRequestParser):
 
 
 class Channel(HTTPChannel):
-    """A connection that is served in the thread of the sockets; a second would only contend."""
+    """A connection that urgent data, which would keep the loop busy, ends."""
 
     parser_class = RequestParser
-    handle_expt = HTTPChannel.handle_close  # urgent data would keep the loop busy
-
-    def writable(self) -> bool:
-        """Return whether there is anything to send or to answer."""
-        return bool(self.requests) or super().writable()
-
-    def handle_write(self) -> None:
-        """Send what is left of an answer; when that is taken, answer one request."""
-        super().handle_write()
-        if self.requests and not self.total_outbufs_len:
-            self.service()
+    handle_expt = HTTPChannel.handle_close
 
 
 class Server(TcpWSGIServer):
-    """A server without threads: each channel answers its own requests."""
+    """A server that works in the thread of its sockets; a second would only contend."""
 
     channel_class = Channel
 
-    def handle_accept(self) -> None:
-        """Accept every connection that waits, and not only one between two rounds of requests."""
-        channels: Any = self.active_channels
-        present = -1
-        while present < len(channels) and self.readable():
-            present = len(channels)
-            super().handle_accept()
-
-    def add_task(self, task: Task) -> None:
-        """Leave the request to its channel."""
-
-    def pull_trigger(self) -> None:
-        """Wake nobody: the thread of the sockets is at work."""
+    def readable(self) -> bool:
+        """Answer one request of each connection before the loop looks for more."""
+        tasks: Any = self.task_dispatcher.queue
+        for _ in range(len(tasks)):
+            channel = tasks.popleft()
+            try:
+                channel.service()
+            except OSError:  # of the connection
+                channel.handle_error()
+        return super().readable()
 
 
 def summarize(error: ValidationError) -> str:

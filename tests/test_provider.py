@@ -17,7 +17,7 @@ TYPE = "Not a valid string."
 MISSING = "Missing data for required field."
 EMPTY = {"provider": "Must not be empty.", "api_key": "Must have 1 to 4096 characters."}
 LENGTHS = {
-    "provider": "Must have 1 to 30 characters. Did you put the API key here?",
+    "provider": "Must have 1 to 30 characters. Is it the API key?",
     "api_key": "Must have 1 to 4096 characters.",
 }
 
@@ -262,7 +262,7 @@ def test_swapped_fields_are_refused_and_the_key_is_not_repeated(
     swapped = {"provider": "sk-SECRET-0123456789-0123456789", "api_key": "openai"}
     answer = client.put(URL, json=swapped, headers=auth_headers)
     assert answer.status_code == 400
-    message = "Must have 1 to 30 characters. Did you put the API key here?"
+    message = "Must have 1 to 30 characters. Is it the API key?"
     assert answer.json == failure("InputException", f"provider: {message}", {"provider": [message]})
     assert "SECRET" not in caplog.text
     assert stored(app) is None

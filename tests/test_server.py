@@ -13,6 +13,7 @@ import subprocess
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import (
@@ -31,6 +32,8 @@ from conftest import (
 )
 from flask import Flask
 from processes import ROOT, start_interpreter, start_program
+from waitress import wasyncore
+from waitress.channel import HTTPChannel
 
 from app import VERSION, _JournalFormatter, create_servers
 
@@ -249,10 +252,12 @@ def test_client_that_reads_no_answer_keeps_nobody_out(server: Server) -> None:
 
 def test_requests_sent_in_advance_keep_nobody_out(server: Server) -> None:
     with ExitStack() as stack:
-        for _ in range(160):
+        for _ in range(30):
             connection = stack.enter_context(connect(server))
             connection.sendall(b"GET / HTTP/1.1\r\n\r\n" * 455)
         assert server.request("GET", "/health").status == 200
+    before, _, _ = server.stop().partition("GET /health 200")
+    assert before.count("GET / 404") < 30 * 100
 
 
 def test_urgent_data_ends_the_connection(server: Server) -> None:
@@ -260,6 +265,26 @@ def test_urgent_data_ends_the_connection(server: Server) -> None:
         connection.send(b"x", socket.MSG_OOB)
         with pytest.raises(ConnectionResetError):
             connection.recv(1)
+
+
+def fail(_channel: HTTPChannel) -> None:
+    raise TimeoutError
+
+
+def test_error_of_a_connection_ends_it_alone(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    sockets: dict[int, Any] = {}
+    (server,) = create_servers(app, sockets)
+    address: Any = server.getsockname()
+    with socket.create_connection(address) as broken, socket.create_connection(address) as other:
+        with monkeypatch.context() as patch:
+            patch.setattr(HTTPChannel, "service", fail)
+            broken.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            wasyncore.loop(1, map=sockets, count=4)
+        assert broken.recv(1) == b""
+        other.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        wasyncore.loop(1, map=sockets, count=3)
+        assert other.recv(15) == b"HTTP/1.1 200 OK"
+    wasyncore.close_all(sockets)
 
 
 def test_few_descriptors_are_no_flood_in_the_log(

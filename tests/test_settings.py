@@ -175,7 +175,7 @@ def test_key_file_that_others_can_access_is_a_warning(
     start_server().stop()
     key_file.chmod(mode)
     log = start_server().stop()
-    assert f"WARNING Others can access the encryption key file. Run: chmod 600 {key_file}\n" in log
+    assert f"WARNING Others can access keys. Run: chmod 600 {key_file}\n" in log
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o640])
