@@ -2,7 +2,6 @@
 
 import re
 from base64 import b64decode
-from functools import lru_cache
 from ipaddress import ip_address
 
 import click
@@ -36,7 +35,6 @@ def parse_authorization(header: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-@lru_cache
 def parse_address(text: str | None) -> str:
     """Return an IP address in its usual form, and - for any other text."""
     try:

@@ -95,8 +95,8 @@ def storage_errors() -> Iterator[None]:
         # The first line alone: PostgreSQL's others may show the row.
         cause = str(getattr(error, "orig", error)).partition("\n")[0].rstrip(".")
         raise StorageError(
-            f"Database error: {cause}. Check that the database of DATABASE_URL is there,"
-            " intact, writable, not locked, and has disk space."
+            f"Database error: {cause}. Check that the database of DATABASE_URL is there (a start of"
+            " the service creates it), intact, writable, not locked, and has disk space."
         ) from error
 
 
@@ -172,8 +172,7 @@ class DatabaseFile:
 
     def _open(self) -> None:
         if not self.path.is_file() or self.path.read_bytes()[:16] != SQLITE_HEADER:
-            fault = "is damaged or missing; a start of the service creates a missing one"
-            raise sqlite3.OperationalError(f"{self.path} {fault}")
+            raise sqlite3.OperationalError(f"{self.path} is missing or not an SQLite database")
         real_path = self.path.resolve()  # beside which SQLite has the other files
         self._folder, self._real_name, self._folder_changed = real_path.parent, real_path.name, -1
         self.connection, self._keeper = self._connect("rw"), self._connect("ro")

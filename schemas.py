@@ -184,6 +184,9 @@ class Server(TcpWSGIServer):
         tasks: Any = self.task_dispatcher.queue
         for _ in range(len(tasks)):
             channel = tasks.popleft()
+            if channel.total_outbufs_len:  # the answer before was not taken yet
+                tasks.append(channel)
+                continue
             try:
                 channel.service()
             except OSError:  # of the connection

@@ -321,7 +321,7 @@ def test_lost_database_is_an_error_until_it_returns(
     assert server.get(credential).body == before
     assert server.put(OTHER, credential).status == 200
     log = server.stop()
-    assert log.count(f"ERROR Database error: {folder}/ai-provider.db is damaged or missing") == 3
+    assert log.count(f"ERROR Database error: {folder}/ai-provider.db is missing") == 3
     assert log.count(REMEDY) == 3
     assert start_server().get(credential).body["data"]["provider"] == "other"
 

@@ -45,8 +45,7 @@ DATABASE_URLS = {
     "postgresql://user:p@SECRET@127.0.0.1:1/db": BAD_DATABASE_URL,
     "postgresql://user:p@SECRET/x@127.0.0.1:1/db": BAD_DATABASE_URL,
     "sqlite:////nowhere/x.db": (
-        "Database error: /nowhere/x.db is damaged or missing; a start of the service creates a"
-        f" missing one. {REMEDY}"
+        f"Database error: /nowhere/x.db is missing or not an SQLite database. {REMEDY}"
     ),
     "postgresql://user:SECRET@127.0.0.1:1/db": (
         'Database error: connection failed: connection to server at "127.0.0.1", port 1'
