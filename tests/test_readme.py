@@ -41,12 +41,17 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def run_block(text: str, folder: Path) -> str:
-    """Run the block of the README that has this text; return all it prints."""
+def find_block(text: str) -> str:
+    """Return the block of the README that has this text."""
     (block,) = [
         block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if text in block
     ]
-    result = run(block, folder)
+    return str(block)
+
+
+def run_block(text: str, folder: Path) -> str:
+    """Run the block of the README that has this text; return all it prints."""
+    result = run(find_block(text), folder)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -74,6 +79,15 @@ def test_backup_of_a_running_service_is_restored_with_its_key(
     assert server.get(credential).body == before
     run_block("sh -c 'umask 077; cat > instance/encryption.key'", checkout)
     assert server.get(credential).body == before
+
+
+def test_backup_that_fails_leaves_the_one_before(checkout: Path, tmp_path: Path) -> None:
+    create_credential(checkout)
+    run_block("backup -", checkout)
+    before = (tmp_path / "ai-provider-backup.db").read_bytes()
+    (checkout / "instance" / "ai-provider.db").unlink()
+    assert run(find_block("backup -"), checkout).returncode == 1
+    assert (tmp_path / "ai-provider-backup.db").read_bytes() == before
 
 
 def test_backup_is_restored_on_another_machine(
@@ -138,10 +152,15 @@ def test_settings_are_documented_alike() -> None:
         for name, meaning, default in rows
     }
     example = (ROOT / ".env.example").read_text()
-    lines = re.findall(r"^# (.+)\n#([A-Z_]+)=(.*)$", example, re.MULTILINE)
-    assert {name: (meaning, default) for meaning, name, default in lines} == table
+    lines = re.findall(r"^# (.+)\n#([A-Z_]+)=(.+)$", example, re.MULTILINE)
+    assert {name: meaning for meaning, name, _ in lines} == {
+        name: meaning for name, (meaning, _) in table.items()
+    }
+    values = {name: value for _, name, value in lines}
+    assert not SettingsSchema().validate(values)
     defaults = {name: field.load_default for name, field in SettingsSchema().fields.items()}
     assert {name: default for name, (_, default) in table.items()} == defaults
+    assert values == defaults | {name: values[name] for name in defaults if not defaults[name]}
 
 
 def test_help_tells_every_setting_with_its_default() -> None:
