@@ -28,7 +28,8 @@ class KeyFile:
     @property
     def path(self) -> Path:
         """Where ENCRYPTION_KEY_FILE is, links followed."""
-        return Path(current_app.config["ENCRYPTION_KEY_FILE"])
+        path: Path = current_app.config["ENCRYPTION_KEY_FILE"]
+        return path
 
     def read(self) -> MultiFernet:
         """Return the cipher of the present keys; raise StorageError."""

@@ -79,8 +79,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     with suppress(FileNotFoundError), Path(root, ".env").open(encoding="utf-8") as file:
         for line in parse_stream(file):
             if line.error:
-                place = f".env, line {line.original.line}"
-                raise ValidationError({place: ["Must be NAME=value."]})
+                raise ValidationError({f".env, line {line.original.line}": ["Must be NAME=value."]})
     settings = dotenv_values(root / ".env")
     if unknown := settings.keys() - SettingsSchema().fields:
         raise ValidationError({name: ["Not a setting; see .env.example."] for name in unknown})
