@@ -72,14 +72,23 @@ def test_backup_goes_through_pipes(app: Flask, runner: FlaskCliRunner, tmp_path:
     assert config.provider == "first"
 
 
-def test_backup_replaces_an_older_one(app: Flask, runner: FlaskCliRunner, tmp_path: Path) -> None:
-    backup = tmp_path / "backup"
-    put(app, "older")
-    runner.invoke(args=["backup", str(backup)])
-    put(app, "first")
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("change", [emptied, Path.touch])
+def test_backup_replaces_an_older_one_or_an_empty_file(
+    app: Flask,
+    runner: FlaskCliRunner,
+    backup: Path,
+    tmp_path: Path,
+    change: Callable[[Path], object],
+) -> None:
+    change(backup)
+    put(app, "second")
     assert runner.invoke(args=["backup", str(backup)]).exit_code == 0
     with closing(sqlite3.connect(backup)) as database:
-        assert database.execute("SELECT provider FROM provider_config").fetchall() == [("first",)]
+        assert database.execute("SELECT provider FROM provider_config").fetchall() == [("second",)]
     assert [*tmp_path.glob("tmp*")] == []
 
 
@@ -88,10 +97,6 @@ def test_backup_that_fails_leaves_the_older_one(runner: FlaskCliRunner, tmp_path
     result = runner.invoke(args=["backup", str(backup)])
     assert result.exit_code == 1
     assert "No such file or directory" in result.stderr
-
-
-def emptied(path: Path) -> None:
-    path.write_bytes(b"")
 
 
 def garbled(path: Path) -> None:

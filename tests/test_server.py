@@ -271,6 +271,7 @@ def test_requests_sent_in_advance_keep_nobody_out(server: Server) -> None:
 
 def test_urgent_data_ends_the_connection(server: Server) -> None:
     with connect(server) as connection:
+        connection.settimeout(5)  # half of that of an idle connection
         connection.send(b"x", socket.MSG_OOB)
         with pytest.raises(ConnectionResetError):
             connection.recv(1)
