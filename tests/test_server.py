@@ -31,11 +31,11 @@ from conftest import (
     on_both,
 )
 from flask import Flask
-from processes import ROOT, start_interpreter, start_program
+from processes import ROOT, run, start_interpreter, start_program
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
 
-from app import VERSION, _JournalFormatter, create_servers
+from app import VERSION, _JournalFormatter, _stop_on_signals, create_servers
 
 SUCCESS = {"status": "success", "data": True}
 
@@ -295,6 +295,29 @@ def test_error_of_a_connection_ends_it_alone(app: Flask, monkeypatch: pytest.Mon
         wasyncore.loop(1, map=sockets, count=3)
         assert other.recv(15) == b"HTTP/1.1 200 OK"
     wasyncore.close_all(sockets)
+
+
+def test_name_of_two_addresses_is_served_on_both(
+    app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = ["127.0.0.1", "127.0.0.2"]
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in hosts]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: found)
+    sockets: dict[int, Any] = {}
+    servers = create_servers(app, sockets)
+    assert [server.getsockname()[0] for server in servers] == hosts
+    wasyncore.close_all(sockets)
+
+
+def stop_and_hang() -> None:
+    _stop_on_signals({})
+    os.kill(os.getpid(), signal.SIGTERM)
+    sys.stdout.write(str(signal.alarm(0)))  # how many seconds were left
+    sys.stdout.flush()
+
+
+def test_process_that_hangs_is_ended_by_its_stop() -> None:
+    assert run(stop_and_hang)[1] == "5"
 
 
 def test_few_descriptors_are_no_flood_in_the_log(
