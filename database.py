@@ -162,7 +162,7 @@ class DatabaseFile:
             checkpoint = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             busy, pages, saved = checkpoint.fetchone()
         finally:
-            self._opened[0] = self.path.stat().st_ctime_ns
+            self._opened[0] = self.path.stat().st_mtime_ns
         if busy and saved < max(pages, 0):
             raise sqlite3.OperationalError(f"{self.path}-wal is removed, but in use")
         with suppress(OSError):
@@ -189,7 +189,7 @@ class DatabaseFile:
     def _look(self) -> list[int | None]:
         try:
             database, changed = self.path.stat(), self._folder.stat().st_ctime_ns
-            # Whoever gives a name to another file changes the folder.
+            # Whoever gives a name to another file changes the folder, at a time that nobody sets.
             if changed != self._folder_changed:
                 with os.scandir(self._folder) as entries:
                     inodes = {entry.name: entry.inode() for entry in entries}
@@ -198,7 +198,7 @@ class DatabaseFile:
                     self._folder_changed = changed
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return [database.st_ctime_ns, database.st_ino, *self._beside]
+        return [database.st_mtime_ns, database.st_ino, *self._beside]
 
 
 @lru_cache

@@ -104,6 +104,19 @@ def test_removed_wal_of_a_link_to_the_database_is_noticed(
     assert start_server(DATABASE_URL=link).get(credential).body["data"]["provider"] == "other"
 
 
+def test_removed_wal_is_saved_beside_a_database_with_another_mode(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    server = start_server()
+    server.put(CONFIG, credential)
+    before = server.get(credential).body
+    (tmp_path / "ai-provider.db").chmod(0o640)
+    (tmp_path / "ai-provider.db-wal").unlink()
+    assert server.get(credential).body == before
+    server.stop(signal.SIGKILL)
+    assert start_server().get(credential).body == before
+
+
 def lead_elsewhere(link: Path) -> None:
     """Have the link lead to a copy that is as old as the original."""
     copy = link.with_name("copy")
