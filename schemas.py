@@ -188,7 +188,7 @@ class Server(TcpWSGIServer):
                 continue
             try:
                 channel.service()
-            except OSError:  # of the connection
+            except Exception:  # noqa: BLE001 (or one connection would end the loop)
                 channel.handle_error()
         return super().readable()
 

@@ -277,11 +277,13 @@ def test_urgent_data_ends_the_connection(server: Server) -> None:
             connection.recv(1)
 
 
-def fail(_channel: HTTPChannel) -> None:
-    raise TimeoutError
+@pytest.mark.parametrize("error", [TimeoutError, RuntimeError])
+def test_error_of_a_connection_ends_it_alone(
+    app: Flask, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(_channel: HTTPChannel) -> None:
+        raise error
 
-
-def test_error_of_a_connection_ends_it_alone(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     sockets: dict[int, Any] = {}
     (server,) = create_servers(app, sockets)
     address: Any = server.getsockname()
