@@ -61,7 +61,6 @@ def read_settings(root: Path) -> dict[str, Any]:
         raise click.ClickException(f"{root / '.env'}: Must be UTF-8.") from error
     names = settings["AI_PROVIDERS"].split(",")
     settings["AI_PROVIDERS"] = [name.strip() for name in names if name.strip()]
-    settings["TRUSTED_PROXY"] = str(settings["TRUSTED_PROXY"])
     # What a link names, a rotation replaces.
     key_file_path = os.path.realpath(root / "instance" / settings["ENCRYPTION_KEY_FILE"])
     settings["ENCRYPTION_KEY_FILE"] = Path(key_file_path)
