@@ -28,12 +28,11 @@ class KeyFile:
     @property
     def path(self) -> Path:
         """Where ENCRYPTION_KEY_FILE is, links followed."""
-        path: Path = current_app.config["ENCRYPTION_KEY_FILE"]
-        return path
+        return Path(os.path.realpath(current_app.config["ENCRYPTION_KEY_FILE"]))
 
     def read(self) -> MultiFernet:
         """Return the cipher of the present keys; raise StorageError."""
-        path = self.path
+        path: Path = current_app.config["ENCRYPTION_KEY_FILE"]
         try:
             state = path.stat()
             version = (state.st_dev, state.st_ino, state.st_ctime_ns)
@@ -62,7 +61,7 @@ class KeyFile:
         """Return the text of a token; raise StorageError."""
         try:
             return self.read().decrypt(token).decode()
-        except InvalidToken as error:
+        except (InvalidToken, ValueError) as error:
             cause = f"{self.path}: no key in it decrypts what is stored."
             raise DecryptionError(f"{cause} {DecryptionError.public}") from error
 

@@ -61,9 +61,7 @@ def read_settings(root: Path) -> dict[str, Any]:
         raise click.ClickException(f"{root / '.env'}: Must be UTF-8.") from error
     names = settings["AI_PROVIDERS"].split(",")
     settings["AI_PROVIDERS"] = [name.strip() for name in names if name.strip()]
-    # What a link names, a rotation replaces.
-    key_file_path = os.path.realpath(root / "instance" / settings["ENCRYPTION_KEY_FILE"])
-    settings["ENCRYPTION_KEY_FILE"] = Path(key_file_path)
+    settings["ENCRYPTION_KEY_FILE"] = root / "instance" / settings["ENCRYPTION_KEY_FILE"]
     return settings | engine_settings(settings["DATABASE_URL"], root / "instance")
 
 

@@ -19,6 +19,7 @@ from conftest import (
     StartServer,
     close_database,
     create_credential,
+    flask,
     on_both,
 )
 from flask import Flask
@@ -87,6 +88,39 @@ def test_put_replaces_what_another_key_encrypted(
     assert client.get(URL, headers=auth_headers).status_code == 500
     assert client.put(URL, json=CONFIG, headers=auth_headers).status_code == 200
     assert client.get(URL, headers=auth_headers).status_code == 200
+
+
+@on_both
+def test_damaged_row_is_an_unreadable_key(
+    app: Flask, client: FlaskClient, auth_headers: dict[str, str]
+) -> None:
+    client.put(URL, json=CONFIG, headers=auth_headers)
+    with app.app_context(), transaction():
+        execute(sa.update(ProviderConfig).values(api_key_encrypted="é"))
+    answer = client.get(URL, headers=auth_headers)
+    assert (answer.status_code, answer.json) == (500, UNREADABLE)
+    assert client.get("/health").status_code == 503
+
+
+def test_link_to_the_key_file_is_followed_where_it_leads_now(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    place, other, link = tmp_path / "place", tmp_path / "other", tmp_path / "link"
+    place.mkdir()
+    link.symlink_to(place)
+    settings = {"ENCRYPTION_KEY_FILE": f"{link}/encryption.key"}
+    credential = create_credential(**settings)
+    server = start_server(**settings)
+    server.put(CONFIG, credential)
+    before = server.get(credential)
+    place.rename(other)
+    link.unlink()
+    link.symlink_to(other)
+    assert server.get(credential).body == before.body
+    assert flask("provider", "rotate-key", **settings)[0] == 0
+    assert server.get(credential).body == before.body
+    assert server.put(CONFIG, credential).status == 200
+    assert not place.exists()
 
 
 @on_both
