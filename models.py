@@ -1,6 +1,7 @@
 """What is stored: the clients' credentials and the provider configuration."""
 
 import fcntl
+import os
 import sqlite3
 from contextlib import closing, suppress
 from datetime import datetime, timezone
@@ -178,6 +179,9 @@ def create_all() -> None:
 
 
 def _create_sqlite_file(path: Path) -> None:
+    wal = Path(f"{os.path.realpath(path)}-wal")
+    if wal.exists() and not path.exists():
+        raise StorageError(f"{wal} has no database. Put that back, or move the -wal away.")
     with suppress(FileExistsError):
         path.touch(exist_ok=False)
         path.chmod(0o600)  # SQLite gives the files beside it the same mode

@@ -20,10 +20,12 @@ from conftest import (
     StartApp,
     StartServer,
     close_database,
+    flask,
     rounds,
     stored,
 )
 from flask import Flask
+from processes import run, serve
 
 from database import StorageError, execute, transaction
 from models import ProviderConfig
@@ -89,6 +91,22 @@ def test_write_is_acknowledged_only_if_a_restart_shows_it(
         expected = "other" if answer.status == 200 else "openai"
         shown = start_server().get(credential)
         assert shown.body["data"]["provider"] == expected
+
+
+def test_wal_without_its_database_is_not_lost(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    server = start_server()
+    server.put(CONFIG, credential)
+    before = server.get(credential).body
+    server.stop(signal.SIGKILL)
+    database, away = tmp_path / "ai-provider.db", tmp_path / "away"
+    database.rename(away)
+    for command in (run(serve), flask("credentials", "create")):
+        message = f"{database}-wal has no database. Put that back, or move the -wal away."
+        assert command == (1, "", f"Error: {message}\n")
+    away.rename(database)
+    assert start_server().get(credential).body == before
 
 
 def test_removed_wal_of_a_link_to_the_database_is_noticed(
