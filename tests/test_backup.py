@@ -72,6 +72,23 @@ def test_backup_goes_through_pipes(app: Flask, runner: FlaskCliRunner, tmp_path:
     assert config.provider == "first"
 
 
+def test_database_that_was_not_closed_is_restored_with_its_wal(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path
+) -> None:
+    put(app, "first")
+    runner.invoke(args=["backup", str(tmp_path / "copy")])
+    with closing(sqlite3.connect(tmp_path / "copy")) as database, database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("UPDATE provider_config SET provider = 'second'")
+        database.commit()
+        for suffix in ("", "-wal"):
+            shutil.copy(f"{tmp_path}/copy{suffix}", f"{tmp_path}/crashed{suffix}")
+    assert runner.invoke(args=["restore", str(tmp_path / "crashed")]).exit_code == 0
+    config = stored(app)
+    assert config
+    assert config.provider == "second"
+
+
 def emptied(path: Path) -> None:
     path.write_bytes(b"")
 
