@@ -75,7 +75,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     environment = {name: value for name, value in os.environ.items() if other.get(name) != value}
     with suppress(FileNotFoundError), Path(root, ".env").open(encoding="utf-8") as file:
         for line in parse_stream(file):
-            if line.error:
+            if line.error or (line.key and not line.key.isidentifier()):
                 raise ValidationError({f".env, line {line.original.line}": ["Must be NAME=value."]})
     settings = dotenv_values(root / ".env")
     if unknown := settings.keys() - SettingsSchema().fields:
