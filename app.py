@@ -214,6 +214,7 @@ def create_servers(app: Flask, sockets: dict[Any, Any]) -> list[schemas.Server]:
             threads=0,
             max_request_header_size=16 * 1024,
             max_request_body_size=128 * 1024,
+            recv_bytes=2048,
             connection_limit=min(500, os.sysconf("SC_OPEN_MAX") - 32),
             channel_timeout=10,
             cleanup_interval=5,

@@ -162,6 +162,12 @@ class RequestParser(HTTPRequestParser):
         except ValueError as error:
             raise ParsingError("Malformed header") from error
 
+    def received(self, data: bytes) -> int:
+        """Return how much was taken; promise no continuation of what is complete or refused."""
+        taken = super().received(data)
+        self.expect_continue = self.expect_continue and not self.completed
+        return taken
+
 
 class Channel(HTTPChannel):
     """A connection that urgent data, which would keep the loop busy, ends."""

@@ -269,6 +269,35 @@ def test_requests_sent_in_advance_keep_nobody_out(server: Server) -> None:
     assert before.count("GET / 404") < 30 * 100
 
 
+def test_little_is_read_of_a_connection_in_a_round(app: Flask) -> None:
+    sockets: dict[int, Any] = {}
+    (server,) = create_servers(app, sockets)
+    address: Any = server.getsockname()
+    with socket.create_connection(address) as connection:
+        wasyncore.loop(1, map=sockets, count=1)
+        (channel,) = vars(server)["active_channels"].values()
+        connection.sendall(b"G /\r\n\r\n" * 1000)
+        wasyncore.loop(1, map=sockets, count=1)
+        assert 0 < len(channel.requests) <= 2048 // 7
+    wasyncore.close_all(sockets)
+
+
+EXPECTING = {
+    "no body": (b"GET /health HTTP/1.1", b"200"),
+    "empty body": (b"GET /health HTTP/1.1\r\nContent-Length: 0", b"200"),
+    "too long": (b"PUT / HTTP/1.1\r\nContent-Length: 200000", b"413"),
+    "no length": (b"PUT / HTTP/1.1\r\nContent-Length: abc", b"400"),
+    "body": (b"PUT / HTTP/1.1\r\nContent-Length: 2", b"100"),
+}
+
+
+@pytest.mark.parametrize(("head", "status"), EXPECTING.values(), ids=EXPECTING)
+def test_expectation_is_answered(running: Running, head: bytes, status: bytes) -> None:
+    with connect(running.server) as connection:
+        connection.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
+        assert connection.recv(65536)[9:12] == status
+
+
 def test_urgent_data_ends_the_connection(server: Server) -> None:
     with connect(server) as connection:
         connection.settimeout(5)  # half of that of an idle connection
