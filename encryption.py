@@ -14,8 +14,8 @@ class DecryptionError(StorageError):
     """A stored API key that no present encryption key decrypts."""
 
     public = (
-        "The stored API key is not readable with the present encryption key. Restore the"
-        " encryption key file, or move it away and set the provider again."
+        "The stored API key is not readable with the present encryption key file. Put the right"
+        " one back, or move this one away and set the provider again."
     )
 
 

@@ -135,7 +135,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         value = json.loads(body, object_pairs_hook=_require_unique_names)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        abort(400, f"The body is not JSON: {where}: {error.msg}.")
+        abort(400, f"The body is not JSON: {error.msg}: {where}.")
     except (ValueError, RecursionError):  # not UTF-8, a number too long, nested too deep
         value = None
     if not isinstance(value, dict):

@@ -347,6 +347,6 @@ INTERNAL_ERROR = failure(
 )
 UNREADABLE = failure(
     "GeneralException",
-    "The stored API key is not readable with the present encryption key."
-    " Restore the encryption key file, or move it away and set the provider again.",
+    "The stored API key is not readable with the present encryption key file."
+    " Put the right one back, or move this one away and set the provider again.",
 )

@@ -25,12 +25,13 @@ def test_body_must_be_a_json_object(
 
 
 NOT_JSON = {
-    b"": "line 1, column 1: Expecting value",
-    b"{": "line 1, column 2: Expecting property name enclosed in double quotes",
-    b"{'SECRET': 1}": "line 1, column 2: Expecting property name enclosed in double quotes",
-    b'{"api_key":\n"SECRET" "x"}': "line 2, column 10: Expecting ',' delimiter",
-    b'{"api_key": "SECRET': "line 1, column 13: Unterminated string starting at",
-    b'{"api_key": SECRET}': "line 1, column 13: Expecting value",
+    b"": "Expecting value: line 1, column 1",
+    b"{": "Expecting property name enclosed in double quotes: line 1, column 2",
+    b"{'SECRET': 1}": "Expecting property name enclosed in double quotes: line 1, column 2",
+    b'{"api_key":\n"SECRET" "x"}': "Expecting ',' delimiter: line 2, column 10",
+    b'{"api_key": "SECRET': "Unterminated string starting at: line 1, column 13",
+    b'{"api_key": SECRET}': "Expecting value: line 1, column 13",
+    b'{"api_key": "SECRET\n"}': "Invalid control character at: line 1, column 20",
 }
 
 

@@ -103,7 +103,7 @@ def test_backup_is_restored_on_another_machine(
     server = start_server(start_interpreter("app.py", cwd=other))
     assert server.get(credential).status == 401
     shown = run_block("restore -", other)
-    assert "Restore the encryption key file" in shown
+    assert "Put the right one back" in shown
     run_block("sh -c 'umask 077; cat > instance/encryption.key'", other)
     assert server.get(credential).body == before
     assert {path.stat().st_mode for path in (other / "instance").iterdir()} == {0o100600}
