@@ -69,6 +69,7 @@ def test_backup_of_a_running_service_is_restored_with_its_key(
     before = server.get(credential).body
     run_block("provider rotate-key", checkout)
     run_block("backup -", checkout)
+    run_block("encryption.new", checkout)
     copies = (tmp_path / "ai-provider-backup.db", tmp_path / "encryption-backup.key")
     assert {path.stat().st_mode for path in copies} == {0o100600}
     run_block("provider rotate-key", checkout)
@@ -98,6 +99,7 @@ def test_backup_is_restored_on_another_machine(
     server.put(CONFIG, credential)
     before = server.get(credential).body
     run_block("backup -", checkout)
+    run_block("encryption.new", checkout)
     other = tmp_path / "other"
     shutil.copytree(checkout, other, symlinks=True, ignore=shutil.ignore_patterns("instance"))
     server = start_server(start_interpreter("app.py", cwd=other))
