@@ -8,6 +8,7 @@ if __name__ == "__main__":
 import logging
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from time import gmtime, perf_counter
 from typing import Any
@@ -256,7 +257,7 @@ def main() -> None:
     url = f"http://{app.config['LISTEN'].rpartition(':')[0]}:{server.getsockname()[1]}"
     app.logger.info("Serving version %s on %s", VERSION, url)
     if address := os.environ.get("NOTIFY_SOCKET"):  # `systemctl start` waits (sd_notify(3))
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
             systemd.sendto(b"READY=1", address.replace("@", "\0", 1))
     server.run()
     app.logger.info("Stopped version %s on %s", VERSION, url)

@@ -102,9 +102,7 @@ def storage_errors() -> Iterator[None]:
 
 def report(message: str) -> None:
     """Say what a command changed, and why the log of the service does not."""
-    click.echo(
-        f"{message} (It is not in the log, which has only what the service itself does.)", err=True
-    )
+    click.echo(f"{message} (Not in the log, which is the service's alone.)", err=True)
 
 
 def explain(error: OSError) -> str:
@@ -112,9 +110,8 @@ def explain(error: OSError) -> str:
     fault = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
     if not error.filename or not isinstance(error, PermissionError):
         return fault
-    place = Path(os.path.realpath(error.filename))
-    while not os.path.lexists(place):
-        place = place.parent
+    path = Path(os.path.realpath(error.filename))
+    place = next(each for each in (path, *path.parents) if os.path.lexists(each))
     status = place.lstat()
     owner = f"{place} belongs to user {status.st_uid}, mode {status.st_mode & 0o777:o}"
     return f"{fault} {owner}; this process runs as user {os.geteuid()}."
@@ -243,12 +240,10 @@ def transaction(patience: float = 1) -> Iterator[None]:
 
 def _connect() -> Any:  # noqa: ANN401
     # One for a request or command; SQLite's files are looked at once for it.
-    connection = g.get("connection")
-    if connection is None:
+    if "connection" not in g:
         database_file = current_app.extensions.get("database_file")
-        connection = database_file.look() if database_file else db.engine.raw_connection()
-        g.connection = connection
-    return connection
+        g.connection = database_file.look() if database_file else db.engine.raw_connection()
+    return g.connection
 
 
 def _close_connection(_error: BaseException | None) -> None:

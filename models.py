@@ -257,9 +257,8 @@ def _sqlite_file(other: Path) -> database.DatabaseFile:
 
 
 def _is_intact(copy: sqlite3.Connection) -> bool:
-    try:
+    with suppress(sqlite3.Error):
         for table in Base.metadata.sorted_tables:
             copy.execute(str(sa.select(table)))
         return copy.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    except sqlite3.Error:
-        return False
+    return False

@@ -319,7 +319,7 @@ def forget_last_use(database_url: str) -> None:
 
 def reported(message: str) -> str:
     """Return what a command prints of a change."""
-    return f"{message} (It is not in the log, which has only what the service itself does.)\n"
+    return f"{message} (Not in the log, which is the service's alone.)\n"
 
 
 def flask(*arguments: str, **settings: str) -> tuple[int, str, str]:

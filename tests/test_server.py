@@ -90,6 +90,13 @@ def test_systemd_is_told_when_the_service_answers(
         assert systemd.recv(100) == b"READY=1"
 
 
+def test_socket_of_systemd_that_is_gone_is_ignored(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    server = start_server(NOTIFY_SOCKET=f"{tmp_path}/gone")
+    assert server.request("GET", "/health").status == 200
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_new_interpreter_ends_without_an_error(start_server: StartServer, number: int) -> None:
     server = start_server(start_interpreter("app.py"))
