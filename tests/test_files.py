@@ -93,15 +93,16 @@ def test_write_is_acknowledged_only_if_a_restart_shows_it(
         assert shown.body["data"]["provider"] == expected
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_wal_without_its_database_is_not_lost(
-    start_server: StartServer, credential: str, tmp_path: Path
+    start_server: StartServer, credential: str, tmp_path: Path, number: int
 ) -> None:
     server = start_server()
     server.put(CONFIG, credential)
     before = server.get(credential).body
-    server.stop(signal.SIGKILL)
     database, away = tmp_path / "ai-provider.db", tmp_path / "away"
     database.rename(away)
+    server.stop(number)
     for command in (run(serve), flask("credentials", "create")):
         message = f"{database}-wal has no database. Put that back, or move the -wal away."
         assert command == (1, "", f"Error: {message}\n")
