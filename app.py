@@ -206,8 +206,9 @@ def create_servers(app: Flask, sockets: dict[Any, Any]) -> list[schemas.Server]:
     """Return a server for each address of LISTEN, bound to it; raise ClickException."""
     listen, proxy = app.config["LISTEN"], str(app.config["TRUSTED_PROXY"])
     try:
-        # A stranger may send 16 KiB of headers (by default 256) and 128 KiB of body (1 GiB), and
-        # stall 500 connections (100) for 10 seconds (120), if there are descriptors for them.
+        # A stranger may send 16 KiB of headers (by default 256) and 128 KiB of body (1 GiB), 2 KiB
+        # at a time (8, with hundreds of requests), and stall 500 connections (100) for 10 seconds
+        # (120), if there are descriptors for them.
         limits: Any = Adjustments(
             listen=listen,
             trusted_proxy=proxy,
