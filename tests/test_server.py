@@ -327,10 +327,10 @@ def test_error_of_a_connection_ends_it_alone(
         with monkeypatch.context() as patch:
             patch.setattr(HTTPChannel, "service", fail)
             broken.sendall(b"GET /health HTTP/1.1\r\n\r\n")
-            wasyncore.loop(1, map=sockets, count=4)
+            wasyncore.loop(0.1, map=sockets, count=4)
         assert broken.recv(1) == b""
         other.sendall(b"GET /health HTTP/1.1\r\n\r\n")
-        wasyncore.loop(1, map=sockets, count=3)
+        wasyncore.loop(0.1, map=sockets, count=3)
         assert other.recv(15) == b"HTTP/1.1 200 OK"
     wasyncore.close_all(sockets)
 
