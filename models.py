@@ -181,7 +181,7 @@ def create_all() -> None:
 def _create_sqlite_file(path: Path) -> None:
     wal = Path(f"{os.path.realpath(path)}-wal")
     if wal.exists() and not path.exists():
-        raise StorageError(f"{wal} has no database. Put that back, or move the -wal away.")
+        raise StorageError(f"{path} is gone, its -wal is not. Put it back, or move that away, too.")
     with suppress(FileExistsError):
         path.touch(exist_ok=False)
         path.chmod(0o600)  # SQLite gives the files beside it the same mode

@@ -104,7 +104,7 @@ def test_wal_without_its_database_is_not_lost(
     database.rename(away)
     server.stop(number)
     for command in (run(serve), flask("credentials", "create")):
-        message = f"{database}-wal has no database. Put that back, or move the -wal away."
+        message = f"{database} is gone, its -wal is not. Put it back, or move that away, too."
         assert command == (1, "", f"Error: {message}\n")
     away.rename(database)
     assert start_server().get(credential).body == before
