@@ -227,7 +227,7 @@ def auth_headers(credential: str) -> dict[str, str]:
 def start_server() -> Iterator[StartServer]:
     with ExitStack() as stack:
 
-        def start(process: Popen[str] | None = None, **settings: str) -> Server:
+        def start(process: Fork | Popen[str] | None = None, **settings: str) -> Server:
             server = Server(process or Fork(serve, **settings))
             stack.callback(server.stop)
             return server

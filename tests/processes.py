@@ -99,10 +99,16 @@ def run(function: Function, *arguments: object, **settings: str) -> tuple[int, s
         return status, fork.stdout.read(), fork.stderr.read()
 
 
-def serve() -> None:
-    """Do what `python app.py` does."""
-    sys.argv = ["app.py"]
+def serve(*arguments: str) -> None:
+    """Do what `python app.py` does with these arguments."""
+    sys.argv = ["app.py", *arguments]
     app.main()
+
+
+def serve_with_umask(umask: int) -> None:
+    """Do what `python app.py` does in a shell with this umask."""
+    os.umask(umask)
+    serve()
 
 
 def execute_command(*arguments: str) -> None:
@@ -111,14 +117,12 @@ def execute_command(*arguments: str) -> None:
     cli.main()
 
 
-def start_interpreter(
-    *arguments: str | Path, cwd: Path = ROOT, umask: int = -1
-) -> subprocess.Popen[str]:
+def start_interpreter(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.Popen[str]:
     """Start Python with these arguments, in a process that is not forked but new."""
-    return start_program(sys.executable, *arguments, cwd=cwd, umask=umask)
+    return start_program(sys.executable, *arguments, cwd=cwd)
 
 
-def start_program(*command: str | Path, cwd: Path = ROOT, umask: int = -1) -> subprocess.Popen[str]:
+def start_program(*command: str | Path, cwd: Path = ROOT) -> subprocess.Popen[str]:
     """Start any program."""
     return subprocess.Popen(
         command,
@@ -126,7 +130,6 @@ def start_program(*command: str | Path, cwd: Path = ROOT, umask: int = -1) -> su
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        umask=umask,
         preexec_fn=reset_interrupt,
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CONFIG, OTHER, StartServer
-from processes import ROOT, start_interpreter
+from processes import ROOT, run, serve, start_interpreter
 
 from app import VERSION
 from schemas import SettingsSchema
@@ -30,7 +30,7 @@ def checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return folder
 
 
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "-ec", command],
         cwd=folder,
@@ -51,13 +51,13 @@ def find_block(text: str) -> str:
 
 def run_block(text: str, folder: Path) -> str:
     """Run the block of the README that has this text; return all it prints."""
-    result = run(find_block(text), folder)
+    result = run_shell(find_block(text), folder)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
 
 def create_credential(folder: Path) -> str:
-    return run(".venv/bin/flask credentials create", folder).stdout.strip()
+    return run_shell(".venv/bin/flask credentials create", folder).stdout.strip()
 
 
 def test_backup_of_a_running_service_is_restored_with_its_key(
@@ -87,7 +87,7 @@ def test_backup_that_fails_leaves_the_one_before(checkout: Path, tmp_path: Path)
     run_block("backup -", checkout)
     before = (tmp_path / "ai-provider-backup.db").read_bytes()
     (checkout / "instance" / "ai-provider.db").unlink()
-    assert run(find_block("backup -"), checkout).returncode == 1
+    assert run_shell(find_block("backup -"), checkout).returncode == 1
     assert (tmp_path / "ai-provider-backup.db").read_bytes() == before
 
 
@@ -114,13 +114,13 @@ def test_backup_is_restored_on_another_machine(
 def test_command_from_another_folder_acts_on_the_same_data(checkout: Path, tmp_path: Path) -> None:
     credential = create_credential(checkout)
     flask = f"{checkout}/.venv/bin/flask --app {checkout}/app.py"
-    assert credential[:32] in run(f"{flask} credentials list", tmp_path).stdout
+    assert credential[:32] in run_shell(f"{flask} credentials list", tmp_path).stdout
 
 
 @pytest.mark.parametrize("command", ["flask credentials list", "python app.py"])
 def test_settings_are_read_beside_the_application(checkout: Path, command: str) -> None:
     (checkout / ".env").write_text("LOG_LEVEL=LOUD\n")
-    result = run(f".venv/bin/{command}", checkout)
+    result = run_shell(f".venv/bin/{command}", checkout)
     assert result.returncode == 1
     assert result.stderr == "Error: LOG_LEVEL: Must be one of: DEBUG, INFO, WARNING, ERROR.\n"
 
@@ -128,19 +128,19 @@ def test_settings_are_read_beside_the_application(checkout: Path, command: str) 
 def test_variable_of_the_environment_wins(checkout: Path) -> None:
     (checkout / ".env").write_text("LOG_LEVEL=LOUD\n")
     create = ".venv/bin/flask credentials create"
-    assert run(f"LOG_LEVEL=INFO {create}", checkout).returncode == 0
+    assert run_shell(f"LOG_LEVEL=INFO {create}", checkout).returncode == 0
 
 
-@pytest.mark.parametrize("name", [".env", ".flaskenv"])
-def test_file_of_another_application_is_not_read(checkout: Path, tmp_path: Path, name: str) -> None:
+def test_files_of_another_application_are_not_read(checkout: Path, tmp_path: Path) -> None:
     credential = create_credential(checkout)
-    (tmp_path / name).write_text("DATABASE_URL=sqlite:////nowhere/other.db\n")
+    (tmp_path / ".env").write_text("DATABASE_URL=sqlite:////nowhere/other.db\n")
+    (tmp_path / ".flaskenv").write_text("ENCRYPTION_KEY_FILE=\n")
     flask = f"{checkout}/.venv/bin/flask --app {checkout}/app.py"
-    assert credential[:32] in run(f"{flask} credentials list", tmp_path).stdout
+    assert credential[:32] in run_shell(f"{flask} credentials list", tmp_path).stdout
 
 
 def test_command_before_the_service_is_set_up_creates_nothing(checkout: Path) -> None:
-    result = run(".venv/bin/flask provider rotate-key", checkout)
+    result = run_shell(".venv/bin/flask provider rotate-key", checkout)
     assert (result.returncode, result.stdout) == (1, "")
     assert f"{checkout}/instance/ai-provider.db" in result.stderr
     assert "Traceback" not in result.stderr
@@ -166,12 +166,12 @@ def test_settings_are_documented_alike() -> None:
 
 
 def test_help_tells_every_setting_with_its_default() -> None:
-    shown, _ = start_interpreter("app.py", "--help").communicate(timeout=60)
+    _, shown, _ = run(serve, "--help")
     for name, field in SettingsSchema().fields.items():
         assert f"  {name}={field.load_default}\n" in shown
 
 
 def test_version_is_that_of_the_change_log() -> None:
-    shown, _ = start_interpreter("app.py", "--version").communicate(timeout=60)
+    _, shown, _ = run(serve, "--version")
     assert shown == f"app.py, version {VERSION}\n"
     assert re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == VERSION

@@ -31,7 +31,7 @@ from conftest import (
     on_both,
 )
 from flask import Flask
-from processes import ROOT, run, start_interpreter, start_program
+from processes import ROOT, Fork, run, serve_with_umask, start_interpreter, start_program
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
 
@@ -150,7 +150,7 @@ def test_files_are_in_the_instance_folder_from_any_folder(
 def test_files_are_their_owners_alone_whatever_the_umask(
     start_server: StartServer, tmp_path: Path, umask: int
 ) -> None:
-    start_server(start_interpreter("app.py", umask=umask))
+    start_server(Fork(serve_with_umask, umask))
     assert {path.name: f"{path.stat().st_mode:o}" for path in tmp_path.iterdir()} == dict.fromkeys(
         ["ai-provider.db", "ai-provider.db-shm", "ai-provider.db-wal", "encryption.key"], "100600"
     )
