@@ -11,11 +11,11 @@ from database import StorageError, explain, transaction
 
 
 class DecryptionError(StorageError):
-    """A stored API key that no present encryption key decrypts."""
+    """A key file that is missing, malformed, or has no key for what is stored."""
 
     public = (
-        "The stored API key is not readable with the present encryption key file. Put the right"
-        " one back, or move this one away and set the provider again."
+        "The encryption key file is missing, damaged, or not the one that encrypted the API key."
+        " Put the right one back, or move a wrong one away and set the provider again."
     )
 
 

@@ -347,6 +347,6 @@ INTERNAL_ERROR = failure(
 )
 UNREADABLE = failure(
     "GeneralException",
-    "The stored API key is not readable with the present encryption key file."
-    " Put the right one back, or move this one away and set the provider again.",
+    "The encryption key file is missing, damaged, or not the one that encrypted the API key."
+    " Put the right one back, or move a wrong one away and set the provider again.",
 )
