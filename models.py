@@ -7,10 +7,9 @@ from contextlib import closing, suppress
 from datetime import datetime, timezone
 from functools import cache
 from hashlib import sha256
-from hmac import compare_digest
 from importlib import import_module
 from pathlib import Path
-from secrets import token_hex
+from secrets import compare_digest, token_hex
 from tempfile import TemporaryDirectory, TemporaryFile
 
 import click
