@@ -37,6 +37,8 @@ HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 NOT_SET = "No provider is set."
 MESSAGES = {  # for errors that are raised without one
+    401: "Send a valid credential: Authorization: Basic base64(api_key:api_secret) or"
+    " Authorization: token api_key:api_secret.",
     404: "The paths are /api/v1/ai/provider, /health and /openapi.yaml.",
     405: "This path has the methods {allow}.",
     413: "The body must be at most 64 KiB.",

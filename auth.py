@@ -5,10 +5,9 @@ from base64 import b64decode
 from ipaddress import ip_address
 
 import click
-from flask import g, request
+from flask import abort, g, request
 from flask.cli import AppGroup
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import Unauthorized
 
 from database import report
 from models import Credential, create_all
@@ -50,11 +49,7 @@ def authenticate() -> None:
     credential = parse_authorization(request.headers.get("Authorization", ""))
     g.api_key = credential[0] if credential else "-"
     if credential is None or not Credential.verify(*credential):
-        raise Unauthorized(
-            "Send a valid credential: Authorization: Basic base64(api_key:api_secret) or"
-            " Authorization: token api_key:api_secret.",
-            www_authenticate=CHALLENGES,
-        )
+        abort(401, www_authenticate=CHALLENGES)
 
 
 @credentials.command("create")
