@@ -24,11 +24,9 @@ from werkzeug.wrappers import Response
 
 import auth
 import database
-import models
 import schemas
-from database import StorageError
 from encryption import key_file
-from models import ProviderConfig
+from models import ProviderConfig, backup_command, create_all, restore_command
 
 VERSION = "1.1.0"
 ROOT = Path(__file__).resolve().parent
@@ -122,7 +120,7 @@ def _handle_validation_error(error: ValidationError) -> tuple[dict[str, object],
     return schemas.failure(400, schemas.summarize(error), error.messages_dict), 400
 
 
-def _handle_storage_error(error: StorageError) -> Response:
+def _handle_storage_error(error: database.StorageError) -> Response:
     current_app.logger.error("%s", error)
     status = 503 if request.endpoint == "check_health" else 500
     return _handle_http_exception(default_exceptions[status](error.public))
@@ -191,7 +189,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app.json = schemas.JSONProvider(app)
     app.url_map.merge_slashes = False  # no redirects: an unknown path is a 404
     database.init_app(app)
-    for command in (auth.credentials, models.backup_command, models.restore_command):
+    for command in (auth.credentials, backup_command, restore_command):
         app.cli.add_command(command)
     app.register_blueprint(bp)
     app.add_url_rule("/health", view_func=check_health)
@@ -199,7 +197,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app.before_request(_begin_request)
     app.after_request(_finish_request)
     app.register_error_handler(ValidationError, _handle_validation_error)
-    app.register_error_handler(StorageError, _handle_storage_error)
+    app.register_error_handler(database.StorageError, _handle_storage_error)
     app.register_error_handler(HTTPException, _handle_http_exception)
     return app
 
@@ -245,11 +243,11 @@ def main() -> None:
     """Serve on LISTEN, host:port."""
     app = create_app()
     with app.app_context():
-        models.create_all()
+        create_all()
         key_file.inspect()
         try:
             ProviderConfig.check()
-        except StorageError as error:  # a PUT mends it
+        except database.StorageError as error:  # a PUT mends it
             app.logger.error("%s", error)
     # A third of the time of a line, which shows none of these (logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
