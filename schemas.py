@@ -92,9 +92,8 @@ def _validate_header_value(value: str) -> None:
 
 
 def _validate_allowed(value: str) -> None:
-    allowed = current_app.config["AI_PROVIDERS"]
-    if allowed and value not in allowed:
-        raise ValidationError(f"Must be one of: {', '.join(allowed)}.")
+    if allowed := current_app.config["AI_PROVIDERS"]:
+        validate.OneOf(allowed)(value)
 
 
 class SecretString(fields.String):
@@ -134,8 +133,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body, object_pairs_hook=_require_unique_names)
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        abort(400, f"The body is not JSON: {error.msg}: {where}.")
+        abort(400, f"The body is not JSON: {error.msg}: line {error.lineno}, column {error.colno}.")
     except (ValueError, RecursionError):  # not UTF-8, a number too long, nested too deep
         value = None
     if not isinstance(value, dict):
@@ -209,7 +207,6 @@ def success(data: object) -> dict[str, object]:
 
 def failure(status: int, message: str, data: object = None) -> dict[str, object]:
     """Return the envelope of an error with this HTTP status."""
-    error_type = {401: "UnauthorizedException", 404: "NotFoundException"}.get(
-        status, "InputException" if status < 500 else "GeneralException"
-    )
+    usual = "InputException" if status < 500 else "GeneralException"
+    error_type = {401: "UnauthorizedException", 404: "NotFoundException"}.get(status, usual)
     return {"status": "error", "message": message, "error_type": error_type, "data": data}
