@@ -160,18 +160,17 @@ class RequestParser(HTTPRequestParser):
         except ValueError as error:
             raise ParsingError("Malformed header") from error
 
-    def received(self, data: bytes) -> int:
-        """Return how much was taken; promise no continuation of what is complete or refused."""
-        taken = super().received(data)
-        self.expect_continue = self.expect_continue and not self.completed
-        return taken
-
 
 class Channel(HTTPChannel):
     """A connection that urgent data, which would keep the loop busy, ends."""
 
     parser_class = RequestParser
     handle_expt = HTTPChannel.handle_close
+
+    def send_continue(self) -> None:
+        """Ask for the body, unless the request is complete or refused without it."""
+        if self.request and not self.request.completed:
+            super().send_continue()
 
 
 class Server(TcpWSGIServer):
