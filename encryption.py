@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from stat import S_ISREG
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from flask import current_app
@@ -37,7 +36,7 @@ class KeyFile:
             state = path.stat()
             version = (state.st_dev, state.st_ino, state.st_ctime_ns)
             if version != self.version:
-                if not S_ISREG(state.st_mode):  # a FIFO would block
+                if not path.is_file():  # a FIFO would block
                     raise StorageError(f"ENCRYPTION_KEY_FILE must name a regular file, not {path}.")
                 keys = path.read_bytes().split()
                 self.cipher, self.version = MultiFernet([Fernet(key) for key in keys]), version
