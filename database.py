@@ -129,7 +129,12 @@ class DatabaseFile:
         """Return the connection to the files that have the names now."""
         if not self._opened or self._look() != self._opened:
             self.close()
-            self._open()
+            if not self.path.is_file() or self.path.read_bytes()[:16] != SQLITE_HEADER:
+                raise sqlite3.OperationalError(f"{self.path} is missing or not an SQLite database")
+            real_path = self.path.resolve()  # beside which SQLite has the other files
+            self._folder, self._real_name, self._changed = real_path.parent, real_path.name, -1
+            self.connection, self._keeper = self._connect("rw"), self._connect("ro")
+            self._opened = self._look()
         return self.connection
 
     def confirm(self) -> None:
@@ -167,14 +172,6 @@ class DatabaseFile:
             if self._opened[0] != before:  # or it may be another process's
                 Path(self._folder, f"{self._real_name}-wal").unlink()
 
-    def _open(self) -> None:
-        if not self.path.is_file() or self.path.read_bytes()[:16] != SQLITE_HEADER:
-            raise sqlite3.OperationalError(f"{self.path} is missing or not an SQLite database")
-        real_path = self.path.resolve()  # beside which SQLite has the other files
-        self._folder, self._real_name, self._folder_changed = real_path.parent, real_path.name, -1
-        self.connection, self._keeper = self._connect("rw"), self._connect("ro")
-        self._opened = self._look()
-
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"
         options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
@@ -187,12 +184,11 @@ class DatabaseFile:
         try:
             database, changed = self.path.stat(), self._folder.stat().st_ctime_ns
             # Whoever gives a name to another file changes the folder, at a time that nobody sets.
-            if changed != self._folder_changed:
-                with os.scandir(self._folder) as entries:
-                    inodes = {entry.name: entry.inode() for entry in entries}
+            if changed != self._changed:
+                inodes = {entry.name: entry.inode() for entry in os.scandir(self._folder)}
                 self._beside = [inodes.get(f"{self._real_name}{end}") for end in ("-wal", "-shm")]
                 if time_ns() - changed > 1e9:  # or another change could have the same time
-                    self._folder_changed = changed
+                    self._changed = changed
         except (FileNotFoundError, NotADirectoryError):
             return []
         return [database.st_mtime_ns, database.st_ino, *self._beside]
@@ -201,8 +197,7 @@ class DatabaseFile:
 @lru_cache
 def _compile_statement(statement: Statement, dialect: sa.Dialect) -> tuple[str, Any, Any]:
     compiled = statement.compile(dialect=dialect)
-    columns = [str(column.key) for column in statement.exported_columns]
-    return compiled.string, compiled.params, namedtuple("Row", columns)
+    return compiled.string, compiled.params, namedtuple("Row", statement.exported_columns.keys())
 
 
 def execute(statement: Statement, **parameters: object) -> list[Any]:
