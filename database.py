@@ -70,8 +70,6 @@ def init_app(app: Flask) -> None:
         db.init_app(app)
     except ImportError as error:
         raise StorageError("PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'") from error
-    with app.app_context():
-        app.extensions["dialect"] = db.engine.dialect
     app.teardown_appcontext(_close_connection)
     url = app.config["SQLALCHEMY_DATABASE_URI"]
     if url.drivername == "sqlite":
@@ -202,7 +200,7 @@ def _compile_statement(statement: Statement, dialect: sa.Dialect) -> tuple[str, 
 
 def execute(statement: Statement, **parameters: object) -> list[Any]:
     """Return the rows of a statement; raise StorageError."""
-    sql, defaults, row_type = _compile_statement(statement, current_app.extensions["dialect"])
+    sql, defaults, row_type = _compile_statement(statement, db.engine.dialect)
     with storage_errors(), lock:
         # By the driver itself: execution by SQLAlchemy costs as much as all the rest.
         rows = _connect().execute(sql, defaults | parameters)
@@ -220,7 +218,7 @@ def transaction(patience: float = 1) -> Iterator[None]:
             extensions["locked_since"] = now
         milliseconds = round((extensions["locked_since"] + patience - now) * 1000)
         try:
-            for sql in BEGIN[extensions["dialect"].name]:
+            for sql in BEGIN[db.engine.name]:
                 connection.execute(sql.format(max(10, milliseconds)))
             extensions["locked_since"] = -9
             yield

@@ -115,15 +115,10 @@ class ProviderConfig(Base):
     def put(cls, provider: str, api_key: str, updated_by: str) -> None:
         """Encrypt the API key and store the configuration, replacing any other."""
         with transaction():
-            execute(
-                _upsert_config(current_app.extensions["dialect"].name),
-                id=1,
-                provider=provider,
-                # Not before: a rotation would miss what waits here with an older key.
-                api_key_encrypted=key_file.encrypt(api_key),
-                updated_at=utc_now(),
-                updated_by=updated_by,
-            )
+            # Not before: a rotation would miss what waits here with an older key.
+            token, now = key_file.encrypt(api_key), utc_now()
+            row = {"id": 1, "provider": provider, "api_key_encrypted": token, "updated_at": now}
+            execute(_upsert_config(db.engine.name), updated_by=updated_by, **row)
 
     @classmethod
     def clear(cls) -> str | None:
