@@ -56,7 +56,7 @@ def engine_settings(database_url: str, folder: Path) -> dict[str, Any]:
         no_file = url.host or url.query or url.database in {None, "", ":memory:"}
         if url.drivername == "sqlite" and not no_file:
             url = url.set(database=str(Path(folder, str(url.database)).absolute()))
-            named = {"paramstyle": "named"}
+            named = {"paramstyle": "named", "poolclass": sa.NullPool}
             return {"SQLALCHEMY_DATABASE_URI": url, "SQLALCHEMY_ENGINE_OPTIONS": named}
     raise click.ClickException(
         "DATABASE_URL must be sqlite:/// and a file's path, or postgresql:// and an address, in"

@@ -181,12 +181,10 @@ def _create_sqlite_file(path: Path) -> None:
         path.chmod(0o600)  # SQLite gives the files beside it the same mode
         current_app.logger.warning("Created database %s.", path)
     TemporaryFile(dir=path.parent).close()  # or raise PermissionError
-    with path.open("r+b") as file:
+    with path.open("r+b") as file, db.engine.connect() as connection:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with db.engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-            Base.metadata.create_all(connection)
-        db.engine.dispose()
+        connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+        Base.metadata.create_all(connection)
 
 
 @click.command("backup")
