@@ -123,21 +123,21 @@ class DatabaseFile:
         self.path = path
         self._opened: list[int | None] = []
 
-    def look(self) -> sqlite3.Connection:
+    def connect(self) -> sqlite3.Connection:
         """Return the connection to the files that have the names now."""
-        if not self._opened or self._look() != self._opened:
+        if not self._opened or self._state() != self._opened:
             self.close()
             if not self.path.is_file() or self.path.read_bytes()[:16] != SQLITE_HEADER:
                 raise sqlite3.OperationalError(f"{self.path} is missing or not an SQLite database")
-            real_path = self.path.resolve()  # beside which SQLite has the other files
-            self._folder, self._real_name, self._changed = real_path.parent, real_path.name, -1
-            self.connection, self._keeper = self._connect("rw"), self._connect("ro")
-            self._opened = self._look()
+            self._real_path = self.path.resolve()  # beside which SQLite has the other files
+            self._folder, self._folder_ctime = self._real_path.parent, -1
+            self.connection, self._reader = self._open("rw"), self._open("ro")
+            self._opened = self._state()
         return self.connection
 
     def confirm(self) -> None:
         """Raise OperationalError if a restart would not show what was committed."""
-        present = self._look()
+        present = self._state()
         if present[1:] != self._opened[1:]:
             raise sqlite3.OperationalError("its files were replaced")
         self._opened = present  # a commit may write to the database itself
@@ -146,31 +146,30 @@ class DatabaseFile:
         """Close the files; before, save what is only in a -wal that was removed, or raise."""
         if not self._opened:
             return
-        present = self._look()
+        present = self._state()
         if present[:2] != self._opened[:2]:
             # Who closes last writes the -wal into the database, unless that is read-only.
             self.connection.close()
         elif present[2] != self._opened[2]:
             self._save_wal()
-        self._keeper.close()
+        self._reader.close()
         self.connection.close()
         self._opened = []
 
     def _save_wal(self) -> None:
         before = self._opened[0]
         try:
-            checkpoint = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            busy, pages, saved = checkpoint.fetchone()
+            [(busy, pages, saved)] = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             self._opened[0] = self.path.stat().st_mtime_ns
         if busy and saved < max(pages, 0):
             raise sqlite3.OperationalError(f"{self.path}-wal is removed, but in use")
         with suppress(OSError):
-            Path(self._folder, f"{self._real_name}-shm").unlink()
+            Path(f"{self._real_path}-shm").unlink()
             if self._opened[0] != before:  # or it may be another process's
-                Path(self._folder, f"{self._real_name}-wal").unlink()
+                Path(f"{self._real_path}-wal").unlink()
 
-    def _connect(self, mode: str) -> sqlite3.Connection:
+    def _open(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"
         options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
         connection: sqlite3.Connection = sqlite3.connect(uri, uri=True, timeout=0.025, **options)
@@ -178,15 +177,15 @@ class DatabaseFile:
         connection.executescript("PRAGMA synchronous = FULL; PRAGMA schema_version")
         return connection
 
-    def _look(self) -> list[int | None]:
+    def _state(self) -> list[int | None]:
         try:
             database, changed = self.path.stat(), self._folder.stat().st_ctime_ns
             # Whoever gives a name to another file changes the folder, at a time that nobody sets.
-            if changed != self._changed:
-                inodes = {entry.name: entry.inode() for entry in os.scandir(self._folder)}
-                self._beside = [inodes.get(f"{self._real_name}{end}") for end in ("-wal", "-shm")]
+            if changed != self._folder_ctime:
+                inodes = {entry.path: entry.inode() for entry in os.scandir(self._folder)}
+                self._beside = [inodes.get(f"{self._real_path}{end}") for end in ("-wal", "-shm")]
                 if time_ns() - changed > 1e9:  # or another change could have the same time
-                    self._changed = changed
+                    self._folder_ctime = changed
         except (FileNotFoundError, NotADirectoryError):
             return []
         return [database.st_mtime_ns, database.st_ino, *self._beside]
@@ -203,7 +202,7 @@ def execute(statement: Statement, **parameters: object) -> list[Any]:
     sql, defaults, row_type = _compile_statement(statement, db.engine.dialect)
     with storage_errors(), lock:
         # By the driver itself: execution by SQLAlchemy costs as much as all the rest.
-        rows = _connect().execute(sql, defaults | parameters)
+        rows = _connection().execute(sql, defaults | parameters)
         return [*map(row_type._make, rows)] if row_type._fields else []
 
 
@@ -212,7 +211,7 @@ def transaction(patience: float = 1) -> Iterator[None]:
     """Keep other writers out, after it waited for them these seconds; raise StorageError."""
     extensions = current_app.extensions
     with storage_errors(), lock:
-        connection, now = _connect(), monotonic()
+        connection, now = _connection(), monotonic()
         # Requests that find the database locked wait together, not one after the other.
         if now - extensions.get("locked_since", -9) > 2:
             extensions["locked_since"] = now
@@ -231,11 +230,11 @@ def transaction(patience: float = 1) -> Iterator[None]:
             database_file.confirm()
 
 
-def _connect() -> Any:  # noqa: ANN401
+def _connection() -> Any:  # noqa: ANN401
     # One for a request or command; SQLite's files are looked at once for it.
     if "connection" not in g:
         database_file = current_app.extensions.get("database_file")
-        g.connection = database_file.look() if database_file else db.engine.raw_connection()
+        g.connection = database_file.connect() if database_file else db.engine.raw_connection()
     return g.connection
 
 

@@ -201,7 +201,7 @@ def backup_command(file: Path) -> None:
         copy = Path(private_folder, file.name)
         copy.touch(0o600)
         with closing(sqlite3.connect(copy)) as target:
-            database_file.look().backup(target)
+            database_file.connect().backup(target)
         if folder:
             copy.replace(file)
         else:
@@ -216,7 +216,7 @@ def restore_command(file: Path) -> None:
     """Put the database of FILE or, for -, of standard input in the place of the present one."""
     database_file = _sqlite_file(file)
     with storage_errors(), TemporaryDirectory() as folder, click.open_file(str(file), "rb") as data:
-        present, copy = database_file.look(), Path(folder, "copy")
+        present, copy = database_file.connect(), Path(folder, "copy")
         present.execute("PRAGMA busy_timeout = 5000")
         copy.write_bytes(data.read())
         with suppress(FileNotFoundError):  # of a database that was not closed

@@ -161,7 +161,7 @@ def test_not_every_request_writes(
 ) -> None:
     statements: list[str] = []
 
-    app.extensions["database_file"].look().set_trace_callback(statements.append)
+    app.extensions["database_file"].connect().set_trace_callback(statements.append)
     for _ in range(5):
         client.get(URL, headers=auth_headers)
     verbs = [statement.split()[0] for statement in statements]

@@ -344,7 +344,7 @@ def test_unwritable_database_still_shows_what_is_set(
 ) -> None:
     client.put(URL, json=CONFIG, headers=auth_headers)
     before = client.get(URL, headers=auth_headers).json
-    app.extensions["database_file"].look().execute(f"PRAGMA {pragma}")
+    app.extensions["database_file"].connect().execute(f"PRAGMA {pragma}")
     large = {"provider": "other", "api_key": "x" * 4096}
     answer = client.put(URL, json=large, headers=auth_headers)
     assert (answer.status_code, answer.json) == (500, INTERNAL_ERROR)

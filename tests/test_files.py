@@ -186,22 +186,22 @@ def test_copy_of_the_wal_is_noticed_in_a_folder_that_keeps_its_time(
     monkeypatch.setattr("database.time_ns", lambda: 2**63)  # the folder is unchanged for long
     with app.app_context():
         ProviderConfig.put("openai", "key", "author")
-    connection, before = app.extensions["database_file"].look(), tmp_path.stat()
+    connection, before = app.extensions["database_file"].connect(), tmp_path.stat()
     shutil.copy(tmp_path / "ai-provider.db-wal", tmp_path / "copy")
     (tmp_path / "copy").replace(tmp_path / "ai-provider.db-wal")
     while tmp_path.stat().st_ctime_ns == before.st_ctime_ns:
         """Some file systems have a coarse clock."""
         os.utime(tmp_path, ns=(before.st_atime_ns, before.st_mtime_ns))
     os.utime(tmp_path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert app.extensions["database_file"].look() is not connection
+    assert app.extensions["database_file"].connect() is not connection
 
 
 def test_own_checkpoint_reopens_nothing(app: Flask) -> None:
-    connection = app.extensions["database_file"].look()
+    connection = app.extensions["database_file"].connect()
     connection.execute("PRAGMA wal_autocheckpoint = 1")
     with app.app_context():
         ProviderConfig.put("openai", "key", "author")
-    assert app.extensions["database_file"].look() is connection
+    assert app.extensions["database_file"].connect() is connection
 
 
 def test_folder_that_is_moved_and_copied_is_noticed(

@@ -32,7 +32,7 @@ from models import Credential, ProviderConfig
 
 @pytest.mark.parametrize(("pragma", "value"), [("journal_mode", "wal"), ("synchronous", 2)])
 def test_commits_are_on_disk_when_acknowledged(app: Flask, pragma: str, value: object) -> None:
-    connection = app.extensions["database_file"].look()
+    connection = app.extensions["database_file"].connect()
     assert connection.execute(f"PRAGMA {pragma}").fetchone() == (value,)
 
 
@@ -183,7 +183,7 @@ def test_safety_of_commits_does_not_depend_on_how_sqlite_was_built(
     sqlite3_connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", connect)
     close_database(app)
-    connection = app.extensions["database_file"].look()
+    connection = app.extensions["database_file"].connect()
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
