@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from time import gmtime, perf_counter
 from typing import Any
@@ -143,6 +144,13 @@ def _begin_request() -> None:
         abort(404)  # waitress strips a slash
 
 
+def _parse_address(text: str | None) -> str:
+    try:
+        return str(ip_address((text or "").partition("%")[0]))  # the zone may be any text
+    except ValueError:
+        return "-"
+
+
 def _finish_request(response: Response) -> Response:
     response.headers.extend(HEADERS)
     if request.method == "OPTIONS" and response.status_code == 200:
@@ -150,7 +158,7 @@ def _finish_request(response: Response) -> Response:
         del response.headers["Content-Type"]
     what = quote(f"{request.method} {request.path}", safe="/ ")[:200]
     milliseconds = (perf_counter() - g.started) * 1000
-    who = f"{g.get('api_key', '-')} {auth.parse_address(request.remote_addr)}"
+    who = f"{g.get('api_key', '-')} {_parse_address(request.remote_addr)}"
     level = logging.WARNING if response.status_code == 401 else logging.INFO
     current_app.logger.log(level, f"{what} {response.status_code} {milliseconds:.1f} ms {who}")
     return response

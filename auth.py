@@ -2,7 +2,6 @@
 
 import re
 from base64 import b64decode
-from ipaddress import ip_address
 
 import click
 from flask import abort, g, request
@@ -32,14 +31,6 @@ def parse_authorization(header: str) -> tuple[str, str] | None:
         return None
     match = CREDENTIAL.fullmatch(value)
     return (match[1], match[2]) if match else None
-
-
-def parse_address(text: str | None) -> str:
-    """Return an IP address in its usual form, and - for any other text."""
-    try:
-        return str(ip_address((text or "").partition("%")[0]))  # without the zone, any text
-    except ValueError:
-        return "-"
 
 
 def authenticate() -> None:

@@ -26,8 +26,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from processes import run, serve, start_interpreter
 
-from app import create_app
-from auth import parse_address
+from app import _parse_address, create_app
 from database import StorageError, explain
 from models import create_all
 
@@ -376,7 +375,7 @@ def test_address_that_the_proxy_names_is_logged(start_server: StartServer, addre
 
 
 def test_zone_of_an_address_is_not_logged() -> None:
-    assert parse_address("fe80::1%x ERROR forged") == "fe80::1"
+    assert _parse_address("fe80::1%x ERROR forged") == "fe80::1"
 
 
 def test_address_that_is_none_is_a_dash(start_server: StartServer) -> None:
