@@ -18,7 +18,7 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 
-from database import engine_settings
+from database import engine_settings, explain
 
 NAMES = validate.Regexp(r"[\s,]*[^\s,]", error="Must not be empty.")
 NOT_EMPTY = validate.Length(1, error="Must not be empty.")
@@ -49,14 +49,15 @@ SETTINGS_HELP = "\b\nSettings and their defaults, from .env or the environment:"
 )
 
 
-def read_settings(root: Path) -> dict[str, Any]:
-    """Return the settings of the application in this folder; raise ClickException."""
+def read_settings(root: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return `config` with the settings of the application in this folder; raise ClickException."""
     try:
-        settings: dict[str, Any] = SettingsSchema(unknown=EXCLUDE).load(_read_environment(root))
+        values = _read_environment(root) | config
+        settings: dict[str, Any] = config | SettingsSchema(unknown=EXCLUDE).load(values)
     except ValidationError as error:
         raise click.ClickException(summarize(error)) from error
     except OSError as error:
-        raise click.ClickException(f"{error.filename}: {error.strerror}.") from error
+        raise click.ClickException(explain(error)) from error
     except UnicodeError as error:
         raise click.ClickException(f"{root / '.env'}: Must be UTF-8.") from error
     names = settings["AI_PROVIDERS"].split(",")
