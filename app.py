@@ -123,7 +123,7 @@ def _handle_validation_error(error: ValidationError) -> tuple[dict[str, object],
 
 def _handle_storage_error(error: database.StorageError) -> Response:
     current_app.logger.error("%s", error)
-    status = 503 if request.endpoint == "check_health" else 500
+    status = 503 if request.endpoint == "health" else 500
     return _handle_http_exception(default_exceptions[status](error.public))
 
 
@@ -200,8 +200,8 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     for command in (auth.credentials, backup_command, restore_command):
         app.cli.add_command(command)
     app.register_blueprint(bp)
-    app.add_url_rule("/health", view_func=check_health)
-    app.add_url_rule("/openapi.yaml", view_func=show_document)
+    app.add_url_rule("/health", "health", check_health)
+    app.add_url_rule("/openapi.yaml", "document", show_document)
     app.before_request(_begin_request)
     app.after_request(_finish_request)
     app.register_error_handler(ValidationError, _handle_validation_error)
