@@ -78,8 +78,7 @@ class Credential(Base):
     def revoke(cls, api_key: str) -> bool:
         """Delete the credential; return whether there was one."""
         with transaction():
-            matches = cls.api_key == api_key
-            return bool(execute(sa.delete(cls).where(matches).returning(cls.api_key)))
+            return bool(execute(sa.delete(cls).where(KEY_MATCHES).returning(cls.name), key=api_key))
 
 
 class ProviderConfig(Base):
@@ -137,7 +136,7 @@ class ProviderConfig(Base):
                 execute(sa.update(cls).values(api_key_encrypted=key_file.encrypt(config.api_key)))
 
 
-# Of a request; those of a command are built where they are used.
+# Of a request; those of a command alone are built where they are used.
 KEY_MATCHES = Credential.api_key == sa.bindparam("key")
 SELECT_CREDENTIAL = sa.select(Credential.secret_hash, Credential.last_used_at).where(KEY_MATCHES)
 UPDATE_LAST_USE = sa.update(Credential).where(KEY_MATCHES).values(last_used_at=sa.bindparam("now"))
