@@ -104,7 +104,7 @@ def test_wal_without_its_database_is_not_lost(
     database.rename(away)
     server.stop(number)
     for command in (run(serve), flask("credentials", "create")):
-        message = f"{database} is gone, its -wal is not. Put it back, or move that away, too."
+        message = f"{database} is gone. Put it back, or move {database.name}-wal away, too."
         assert command == (1, "", f"Error: {message}\n")
     away.rename(database)
     assert start_server().get(credential).body == before
