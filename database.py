@@ -100,7 +100,7 @@ def storage_errors() -> Iterator[None]:
 
 def report(message: str) -> None:
     """Say what a command changed, and why the log of the service does not."""
-    click.echo(f"{message} (The log has no line of this: only the service writes it.)", err=True)
+    click.echo(f"{message} (Not in the log, which only the service writes.)", err=True)
 
 
 def explain(error: OSError) -> str:

@@ -319,7 +319,7 @@ def forget_last_use(database_url: str) -> None:
 
 def reported(message: str) -> str:
     """Return what a command prints of a change."""
-    return f"{message} (The log has no line of this: only the service writes it.)\n"
+    return f"{message} (Not in the log, which only the service writes.)\n"
 
 
 def flask(*arguments: str, **settings: str) -> tuple[int, str, str]:
