@@ -141,7 +141,7 @@ def _handle_http_exception(error: HTTPException) -> Response:
 def _begin_request() -> None:
     g.started = perf_counter()
     if request.environ.get("REQUEST_URI", "").startswith("//"):
-        abort(404)  # waitress strips a slash
+        abort(404)  # waitress strips one slash, and the path would match
 
 
 def _parse_address(text: str | None) -> str:
@@ -185,7 +185,7 @@ def _configure_logging(level: str) -> None:
     logging.basicConfig(handlers=[handler], level=level)
     # The development server's own access lines show the query string.
     logging.getLogger("werkzeug").addFilter(_is_no_access_line)
-    # Its other lines have what a stranger sent, and one comes for each request in the queue.
+    # Waitress's warnings quote what a stranger sent, and it logs one for each request that waits.
     logging.getLogger("waitress").setLevel(logging.ERROR)
 
 
@@ -236,7 +236,8 @@ def create_servers(app: Flask, sockets: dict[Any, Any]) -> list[schemas.Server]:
 
 
 def _stop_on_signals(sockets: dict[Any, Any]) -> None:
-    # Ends the loop between two events, not wherever the signal strikes; after 5 seconds anywhere.
+    # A signal wakes the loop, which ends between two events; SIGALRM ends the process, whatever
+    # hangs, 5 seconds later.
     pipe: Any = trigger(sockets)
     pipe.thunks.append(sockets.clear)
     os.set_blocking(pipe.trigger, False)
@@ -257,7 +258,7 @@ def main() -> None:
             ProviderConfig.check()
         except database.StorageError as error:  # a PUT mends it
             app.logger.error("%s", error)
-    # A third of the time of a line, which shows none of these (logging HOWTO, "Optimization").
+    # No line shows these, which take a third of its time (logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
     sockets: dict[Any, Any] = {}

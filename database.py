@@ -26,14 +26,14 @@ class StorageError(click.ClickException):
 
 
 class Base(DeclarativeBase):
-    """The metadata of the tables."""
+    """The tables. An instance is a copy of a row; `execute` writes."""
 
 
 # A server of PostgreSQL may have been restarted since the last request.
 ENGINE_OPTIONS = {"isolation_level": "AUTOCOMMIT", "pool_pre_ping": True}
 db = SQLAlchemy(model_class=Base, engine_options=ENGINE_OPTIONS)
 
-# How a transaction keeps other writers out; it waits for them for so many milliseconds.
+# How a transaction keeps other writers out, after waiting for at most {} milliseconds.
 BEGIN = {
     "sqlite": ["PRAGMA busy_timeout = {}", "BEGIN IMMEDIATE"],
     "postgresql": ["BEGIN; SET LOCAL lock_timeout = {}; LOCK provider_config IN EXCLUSIVE MODE"],
@@ -143,12 +143,12 @@ class DatabaseFile:
         self._opened = present  # a commit may write to the database itself
 
     def close(self) -> None:
-        """Close the files; before, save what is only in a -wal that was removed, or raise."""
+        """Close the files, after saving what only a removed -wal has; raise sqlite3.Error."""
         if not self._opened:
             return
         present = self._state()
         if present[:2] != self._opened[:2]:
-            # Who closes last writes the -wal into the database, unless that is read-only.
+            # The last to close writes the -wal into the database, unless it only reads.
             self.connection.close()
         elif present[2] != self._opened[2]:
             self._save_wal()
@@ -201,14 +201,15 @@ def execute(statement: Statement, **parameters: object) -> list[Any]:
     """Return the rows of a statement; raise StorageError."""
     sql, defaults, row_type = _compile_statement(statement, db.engine.dialect)
     with storage_errors(), lock:
-        # By the driver itself: execution by SQLAlchemy costs as much as all the rest.
+        # By the driver itself: execution by SQLAlchemy costs as much as all the rest. It applies
+        # no default of a column: an INSERT names them all.
         rows = _connection().execute(sql, defaults | parameters)
         return [*map(row_type._make, rows)] if row_type._fields else []
 
 
 @contextmanager
 def transaction(patience: float = 1) -> Iterator[None]:
-    """Keep other writers out, after it waited for them these seconds; raise StorageError."""
+    """Keep other writers out, after waiting at most `patience` seconds; raise StorageError."""
     extensions = current_app.extensions
     with storage_errors(), lock:
         connection, now = _connection(), monotonic()

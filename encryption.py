@@ -48,16 +48,16 @@ class KeyFile:
         return self.cipher
 
     def encrypt(self, text: str) -> str:
-        """Return the text, encrypted with the newest key, in a transaction; raise StorageError."""
+        """Encrypt with the newest key, within the caller's transaction; raise StorageError."""
         try:
             cipher = self.read()
         except DecryptionError:
-            self.create()  # in the place of a lost one: what that encrypted is to be replaced
+            self.create()  # if it is lost: what it encrypted is about to be replaced
             cipher = self.read()
         return cipher.encrypt(text.encode()).decode()
 
     def decrypt(self, token: str) -> str:
-        """Return the text of a token; raise StorageError."""
+        """Decrypt with any of the keys; raise StorageError."""
         try:
             return self.read().decrypt(token).decode()
         except (InvalidToken, ValueError) as error:
@@ -65,13 +65,13 @@ class KeyFile:
             raise DecryptionError(f"{cause} {DecryptionError.public}") from error
 
     def create(self) -> None:
-        """Generate the file with one key, unless anything has its name, in a transaction."""
+        """Generate the file, unless anything has its name, within the caller's transaction."""
         if not os.path.lexists(self.path):
             self._write(Fernet.generate_key() + b"\n")
             current_app.logger.warning("Generated encryption key file %s.", self.path)
 
     def add_key(self) -> None:
-        """Put a new key before the others, in a transaction; raise StorageError."""
+        """Put a new key before the others, within the caller's transaction; raise StorageError."""
         self.read()
         keys = Fernet.generate_key() + b"\n" + self.path.read_bytes()
         self._write(keys, replaced=self.path.stat())
@@ -88,7 +88,7 @@ class KeyFile:
                 current_app.logger.warning("Others can access keys. Run: chmod 600 %s", self.path)
 
     def _write(self, keys: bytes, replaced: os.stat_result | None = None) -> None:
-        # Whole or not at all, and over no other file than the one given.
+        # Writes all or nothing, and replaces no file but the one whose state is given.
         new, folder = Path(f"{self.path}.new"), os.open(self.path.parent, os.O_RDONLY)
         try:
             new.touch()

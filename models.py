@@ -60,7 +60,7 @@ class Credential(Base):
 
     @classmethod
     def verify(cls, api_key: str, api_secret: str) -> bool:
-        """Return whether the credential is valid, in the same time if the key is unknown."""
+        """Return whether the credential is valid, and record its use; take as long if unknown."""
         rows = execute(SELECT_CREDENTIAL, key=api_key)
         secret_hash = rows[0].secret_hash if rows else _hash_secret("")
         if not compare_digest(secret_hash, _hash_secret(api_secret)) or not rows:
@@ -114,7 +114,7 @@ class ProviderConfig(Base):
     def put(cls, provider: str, api_key: str, updated_by: str) -> None:
         """Encrypt the API key and store the configuration, replacing any other."""
         with transaction():
-            # Not before: a rotation would miss what waits here with an older key.
+            # Not before the transaction: a rotation would miss what waits with an older key.
             token, now = key_file.encrypt(api_key), utc_now()
             row = {"id": 1, "provider": provider, "api_key_encrypted": token, "updated_at": now}
             execute(_upsert_config(db.engine.name), updated_by=updated_by, **row)
@@ -136,7 +136,7 @@ class ProviderConfig(Base):
                 execute(sa.update(cls).values(api_key_encrypted=key_file.encrypt(config.api_key)))
 
 
-# Of a request; those of a command alone are built where they are used.
+# The statements of a request; those of a command alone are built where they are used.
 KEY_MATCHES = Credential.api_key == sa.bindparam("key")
 SELECT_CREDENTIAL = sa.select(Credential.secret_hash, Credential.last_used_at).where(KEY_MATCHES)
 UPDATE_LAST_USE = sa.update(Credential).where(KEY_MATCHES).values(last_used_at=sa.bindparam("now"))
@@ -146,7 +146,7 @@ DELETE_CONFIG = sa.delete(ProviderConfig).returning(ProviderConfig.provider)
 
 @cache
 def _upsert_config(dialect: str) -> sa.Insert:
-    # That of the dialect in use, the only one to be imported.
+    # Only the dialect in use is imported.
     insert = import_module(f"sqlalchemy.dialects.{dialect}").insert(ProviderConfig)
     upsert: sa.Insert = insert.on_conflict_do_update(index_elements=["id"], set_=insert.excluded)
     return upsert

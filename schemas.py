@@ -69,7 +69,8 @@ def read_settings(root: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _read_environment(root: Path) -> dict[str, str | None]:
     if not get_load_dotenv():
         return {**os.environ}
-    # Flask has put those of the current folder, whosever they are, into the environment.
+    # Leave out what the flask command has put into the environment from the files of the current
+    # folder, perhaps those of another application.
     other: dict[str, str | None] = {}
     for name in (".flaskenv", ".env"):
         other |= dotenv_values(find_dotenv(name, usecwd=True) or os.devnull)
@@ -163,7 +164,7 @@ class RequestParser(HTTPRequestParser):
 
 
 class Channel(HTTPChannel):
-    """A connection that urgent data, which would keep the loop busy, ends."""
+    """A connection that ends when urgent data arrives, which would keep the loop busy."""
 
     parser_class = RequestParser
     handle_expt = HTTPChannel.handle_close
@@ -175,7 +176,7 @@ class Channel(HTTPChannel):
 
 
 class Server(TcpWSGIServer):
-    """A server that works in the thread of its sockets; a second would only contend."""
+    """A server that runs the application in the thread of its loop; a second would contend."""
 
     channel_class = Channel
 
