@@ -58,6 +58,14 @@ def test_revoke_ends_a_credential(
     assert client.get(URL, headers=auth_headers).status_code == 401
 
 
+def test_revoke_leaves_the_other_credentials(
+    runner: FlaskCliRunner, client: FlaskClient, auth_headers: dict[str, str]
+) -> None:
+    other = runner.invoke(args=["credentials", "create"]).stdout
+    assert runner.invoke(args=["credentials", "revoke", other[:32]]).exit_code == 0
+    assert client.get(URL, headers=auth_headers).status_code == 404
+
+
 def test_revoke_accepts_the_whole_credential(
     runner: FlaskCliRunner, credential: str, client: FlaskClient, auth_headers: dict[str, str]
 ) -> None:

@@ -103,9 +103,12 @@ def test_wal_without_its_database_is_not_lost(
     database, away = tmp_path / "ai-provider.db", tmp_path / "away"
     database.rename(away)
     server.stop(number)
-    for command in (run(serve), flask("credentials", "create")):
-        message = f"{database} is gone. Put it back, or move {database.name}-wal away, too."
-        assert command == (1, "", f"Error: {message}\n")
+    (tmp_path / "link.db").symlink_to(database)
+    for path in (database, tmp_path / "link.db"):
+        url = f"sqlite:///{path}"
+        refusals = [run(serve, DATABASE_URL=url), flask("credentials", "create", DATABASE_URL=url)]
+        message = f"{path} is gone. Put it back, or move {database.name}-wal away, too."
+        assert refusals == [(1, "", f"Error: {message}\n")] * 2
     away.rename(database)
     assert start_server().get(credential).body == before
 
@@ -113,8 +116,9 @@ def test_wal_without_its_database_is_not_lost(
 def test_removed_wal_of_a_link_to_the_database_is_noticed(
     start_server: StartServer, credential: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "link.db").symlink_to(tmp_path / "ai-provider.db")
-    link = f"sqlite:///{tmp_path}/link.db"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link.db").symlink_to(tmp_path / "ai-provider.db")
+    link = f"sqlite:///{tmp_path}/elsewhere/link.db"
     server = start_server(DATABASE_URL=link)
     server.put(CONFIG, credential)
     (tmp_path / "ai-provider.db-wal").unlink()
