@@ -190,9 +190,9 @@ def _configure_logging(level: str) -> None:
 
 
 def create_app(config: dict[str, Any] | None = None) -> Flask:
-    """Return the application, set by `config` before the environment; raise ClickException."""
+    """Return the application; what is in `config` wins, settings as text; raise ClickException."""
     app = Flask(__name__, instance_path=str(ROOT / "instance"), static_folder=None)
-    app.config.update(schemas.read_settings(ROOT, config or {}), MAX_CONTENT_LENGTH=64 * 1024)
+    app.config.update({"MAX_CONTENT_LENGTH": 64 * 1024} | schemas.read_settings(ROOT, config or {}))
     _configure_logging(app.config["LOG_LEVEL"])
     app.json = schemas.JSONProvider(app)
     app.url_map.merge_slashes = False  # no redirects: an unknown path is a 404

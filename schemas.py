@@ -63,7 +63,7 @@ def read_settings(root: Path, config: dict[str, Any]) -> dict[str, Any]:
     names = settings["AI_PROVIDERS"].split(",")
     settings["AI_PROVIDERS"] = [name.strip() for name in names if name.strip()]
     settings["ENCRYPTION_KEY_FILE"] = root / "instance" / settings["ENCRYPTION_KEY_FILE"]
-    return settings | engine_settings(settings["DATABASE_URL"], root / "instance")
+    return engine_settings(settings["DATABASE_URL"], root / "instance") | settings
 
 
 def _read_environment(root: Path) -> dict[str, str | None]:

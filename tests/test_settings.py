@@ -261,11 +261,13 @@ def test_unreadable_file_of_settings_is_one_clear_line(monkeypatch: pytest.Monke
 
 def test_configuration_of_the_caller_wins(tmp_path: Path) -> None:
     other = tmp_path / "other.db"
-    app = create_app({"DATABASE_URL": f"sqlite:///{other}", "AI_PROVIDERS": "a, b"})
+    settings = {"DATABASE_URL": f"sqlite:///{other}", "AI_PROVIDERS": "a, b"}
+    app = create_app({**settings, "MAX_CONTENT_LENGTH": 1})
     with app.app_context():
         create_all()
     assert other.exists()
     assert app.config["AI_PROVIDERS"] == ["a", "b"]
+    assert app.config["MAX_CONTENT_LENGTH"] == 1
 
 
 def test_configuration_of_the_caller_is_checked() -> None:
