@@ -174,7 +174,7 @@ def create_all() -> None:
 def _create_sqlite_file(path: Path) -> None:
     wal = Path(f"{os.path.realpath(path)}-wal")
     if wal.exists() and not path.exists():
-        raise StorageError(f"{path} is gone. Put it back, or move {wal.name} away, too.")
+        raise StorageError(f"{path} is gone. Put it back, or move {wal} away, too.")
     with suppress(FileExistsError):
         path.touch(exist_ok=False)
         path.chmod(0o600)  # SQLite gives the files beside it the same mode
