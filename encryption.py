@@ -13,8 +13,8 @@ class DecryptionError(StorageError):
     """A key file that is missing, malformed, or has no key for what is stored."""
 
     public = (
-        "The encryption key file is missing, damaged, or not the one that encrypted the API key."
-        " Put the right one back, or move a wrong one away and set the provider again."
+        "The encryption key file is missing or damaged, or has no key for what is stored."
+        " Put the right one back, or move what is there away and set the provider again."
     )
 
 

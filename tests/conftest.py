@@ -347,6 +347,6 @@ INTERNAL_ERROR = failure(
 )
 UNREADABLE = failure(
     "GeneralException",
-    "The encryption key file is missing, damaged, or not the one that encrypted the API key."
-    " Put the right one back, or move a wrong one away and set the provider again.",
+    "The encryption key file is missing or damaged, or has no key for what is stored."
+    " Put the right one back, or move what is there away and set the provider again.",
 )
