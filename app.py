@@ -141,7 +141,7 @@ def _handle_http_exception(error: HTTPException) -> Response:
 def _begin_request() -> None:
     g.started = perf_counter()
     if request.environ.get("REQUEST_URI", "").startswith("//"):
-        abort(404)  # waitress strips one slash, and the path would match
+        abort(404)  # waitress strips all slashes but one, and the path would match
 
 
 def _parse_address(text: str | None) -> str:
