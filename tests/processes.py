@@ -117,6 +117,12 @@ def execute_command(*arguments: str) -> None:
     cli.main()
 
 
+def execute_command_beside(root: Path, *arguments: str) -> None:
+    """Do what `flask` does in a checkout in this folder."""
+    app.ROOT = root
+    execute_command(*arguments)
+
+
 def start_interpreter(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.Popen[str]:
     """Start Python with these arguments, in a process that is not forked but new."""
     return start_program(sys.executable, *arguments, cwd=cwd)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CONFIG, OTHER, StartServer
-from processes import ROOT, run, serve, start_interpreter
+from processes import ROOT, execute_command_beside, run, serve, start_interpreter
 
 from app import VERSION
 from schemas import SettingsSchema
@@ -57,7 +57,8 @@ def run_block(text: str, folder: Path) -> str:
 
 
 def create_credential(folder: Path) -> str:
-    return run_shell(".venv/bin/flask credentials create", folder).stdout.strip()
+    create = ("credentials", "create")
+    return run(execute_command_beside, folder, *create, FLASK_SKIP_DOTENV="1")[1].strip()
 
 
 def test_backup_of_a_running_service_is_restored_with_its_key(
@@ -111,12 +112,6 @@ def test_backup_is_restored_on_another_machine(
     assert {path.stat().st_mode for path in (other / "instance").iterdir()} == {0o100600}
 
 
-def test_command_from_another_folder_acts_on_the_same_data(checkout: Path, tmp_path: Path) -> None:
-    credential = create_credential(checkout)
-    flask = f"{checkout}/.venv/bin/flask --app {checkout}/app.py"
-    assert credential[:32] in run_shell(f"{flask} credentials list", tmp_path).stdout
-
-
 @pytest.mark.parametrize("command", ["flask credentials list", "python app.py"])
 def test_settings_are_read_beside_the_application(checkout: Path, command: str) -> None:
     (checkout / ".env").write_text("LOG_LEVEL=LOUD\n")
@@ -131,11 +126,13 @@ def test_variable_of_the_environment_wins(checkout: Path) -> None:
     assert run_shell(f"LOG_LEVEL=INFO {create}", checkout).returncode == 0
 
 
-def test_files_of_another_application_are_not_read(checkout: Path, tmp_path: Path) -> None:
+def test_command_from_another_folder_acts_on_the_same_data(checkout: Path, tmp_path: Path) -> None:
     credential = create_credential(checkout)
+    flask = f"{checkout}/.venv/bin/flask --app {checkout}/app.py"
+    assert credential[:32] in run_shell(f"{flask} credentials list", tmp_path).stdout
+    # The files of settings of another application are not read.
     (tmp_path / ".env").write_text("DATABASE_URL=sqlite:////nowhere/other.db\n")
     (tmp_path / ".flaskenv").write_text("ENCRYPTION_KEY_FILE=\n")
-    flask = f"{checkout}/.venv/bin/flask --app {checkout}/app.py"
     assert credential[:32] in run_shell(f"{flask} credentials list", tmp_path).stdout
 
 
