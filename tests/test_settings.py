@@ -18,6 +18,7 @@ from conftest import (
     Server,
     StartApp,
     StartServer,
+    close_database,
     create_credential,
     failure,
     flask,
@@ -265,6 +266,7 @@ def test_configuration_of_the_caller_wins(tmp_path: Path) -> None:
     app = create_app({**settings, "MAX_CONTENT_LENGTH": 1})
     with app.app_context():
         create_all()
+    close_database(app)
     assert other.exists()
     assert app.config["AI_PROVIDERS"] == ["a", "b"]
     assert app.config["MAX_CONTENT_LENGTH"] == 1
