@@ -1,5 +1,6 @@
 """The database: engine, tables, transactions, the watch over the SQLite file, storage errors."""
 
+import fcntl
 import os
 import sqlite3
 from collections import namedtuple
@@ -8,7 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
-from time import monotonic, time_ns
+from time import monotonic, sleep, time_ns
 from typing import Any
 
 import click
@@ -39,6 +40,7 @@ BEGIN = {
     "postgresql": ["BEGIN; SET LOCAL lock_timeout = {}; LOCK provider_config IN EXCLUSIVE MODE"],
 }
 SQLITE_HEADER = b"SQLite format 3\0"
+SQLITE_SHARED_LOCK = (510, 0x40000002)  # the bytes that all who have the database open lock
 lock = RLock()  # the development server has several threads
 
 
@@ -126,14 +128,33 @@ class DatabaseFile:
     def connect(self) -> sqlite3.Connection:
         """Return the connection to the files that have the names now."""
         if not self._opened or self._state() != self._opened:
+            first = not self._opened
             self.close()
             if not self.path.is_file() or self.path.read_bytes()[:16] != SQLITE_HEADER:
                 raise sqlite3.OperationalError(f"{self.path} is missing or not an SQLite database")
+            if first:  # not after saving the -wal that was removed
+                self.require_wal()
             self._real_path = self.path.resolve()  # beside which SQLite has the other files
             self._folder, self._folder_ctime = self._real_path.parent, -1
             self.connection, self._reader = self._open("rw"), self._open("ro")
             self._opened = self._state()
         return self.connection
+
+    def require_wal(self) -> None:
+        """Raise OperationalError if another process writes to a -wal or -shm that was removed."""
+        path = os.path.realpath(self.path)
+        with self.path.open("r+b") as file:
+            for _ in range(10):
+                # Who opens or closes the database lacks them, too, but for a moment.
+                if Path(f"{path}-wal").exists() and Path(f"{path}-shm").exists():
+                    return
+                with suppress(BlockingIOError):
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *SQLITE_SHARED_LOCK)
+                    return
+                sleep(0.05)
+        raise sqlite3.OperationalError(
+            f"{path} is in use, but its -wal or -shm was removed. A request to the service mends it"
+        )
 
     def confirm(self) -> None:
         """Raise OperationalError if a restart would not show what was committed."""
@@ -147,11 +168,11 @@ class DatabaseFile:
         if not self._opened:
             return
         present = self._state()
-        if present[:2] != self._opened[:2]:
+        if present[:2] == self._opened[:2] and present[2] != self._opened[2]:
+            self._save_wal()
+        elif present != self._opened:
             # The last to close writes the -wal into the database, unless it only reads.
             self.connection.close()
-        elif present[2] != self._opened[2]:
-            self._save_wal()
         self._reader.close()
         self.connection.close()
         self._opened = []

@@ -159,7 +159,7 @@ def create_all() -> None:
     with storage_errors():
         # One process at a time: create_all looks first, and creates then.
         if "database_file" in current_app.extensions:
-            _create_sqlite_file(current_app.extensions["database_file"].path)
+            _create_sqlite_file(current_app.extensions["database_file"])
         else:
             engine = db.engine.execution_options(isolation_level="READ COMMITTED")
             with engine.begin() as connection:
@@ -171,7 +171,8 @@ def create_all() -> None:
                 key_file.create()
 
 
-def _create_sqlite_file(path: Path) -> None:
+def _create_sqlite_file(database_file: database.DatabaseFile) -> None:
+    path = database_file.path
     wal = Path(f"{os.path.realpath(path)}-wal")
     if wal.exists() and not path.exists():
         raise StorageError(f"{path} is gone. Put it back, or move {wal} away, too.")
@@ -182,6 +183,7 @@ def _create_sqlite_file(path: Path) -> None:
     TemporaryFile(dir=path.parent).close()  # or raise PermissionError
     with path.open("r+b") as file, db.engine.connect() as connection:
         fcntl.flock(file, fcntl.LOCK_EX)
+        database_file.require_wal()
         connection.exec_driver_sql("PRAGMA journal_mode = WAL")
         Base.metadata.create_all(connection)
 

@@ -16,6 +16,7 @@ from conftest import (
     CONFIG,
     INTERNAL_ERROR,
     OTHER,
+    REMEDY,
     Server,
     StartApp,
     StartServer,
@@ -111,6 +112,33 @@ def test_wal_without_its_database_is_not_lost(
         assert refusals == [(1, "", f"Error: {message}\n")] * 2
     away.rename(database)
     assert start_server().get(credential).body == before
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "command"),
+    [
+        (["-wal"], "credentials revoke"),
+        (["-shm"], "credentials revoke"),
+        (["-wal", "-shm"], "credentials revoke"),
+        (["-wal", "-shm"], "credentials create"),
+        (["-wal", "-shm"], "provider show"),
+    ],
+)
+def test_command_is_refused_while_the_service_writes_to_a_removed_file(
+    start_server: StartServer, credential: str, tmp_path: Path, suffixes: list[str], command: str
+) -> None:
+    server = start_server()
+    server.put(CONFIG, credential)
+    before = server.get(credential).body
+    database = tmp_path / "ai-provider.db"
+    for suffix in suffixes:
+        database.with_name(f"ai-provider.db{suffix}").unlink()
+    arguments = [*command.split(), credential][: 3 if "revoke" in command else 2]
+    cause = f"{database} is in use, but its -wal or -shm was removed."
+    refusal = f"Error: Database error: {cause} A request to the service mends it. {REMEDY}\n"
+    assert flask(*arguments) == (1, "", refusal)
+    assert server.get(credential).body == before
+    assert flask(*arguments)[0] == 0
 
 
 def test_removed_wal_of_a_link_to_the_database_is_noticed(
@@ -329,6 +357,18 @@ def test_removed_wal_is_saved_while_another_process_has_it_open(
         assert server.get(credential).body["data"]["provider"] == "p5"
         server.stop(signal.SIGKILL)
     assert start_server().get(credential).body["data"]["provider"] == "p5"
+
+
+def test_removed_shm_loses_no_write_of_another_process(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    servers = [start_server(), start_server()]
+    for server in servers:
+        server.put(CONFIG, credential)
+    (tmp_path / "ai-provider.db-shm").unlink()
+    assert servers[0].put(OTHER, credential).status == 200
+    servers[0].stop(signal.SIGKILL)
+    assert servers[1].get(credential).body["data"]["provider"] == "other"
 
 
 def test_removed_wal_is_saved_once_another_process_lets_it(
