@@ -23,7 +23,15 @@ ROOT = Path(__file__).parent.parent
 
 # The process that is forked: a new interpreter that has imported these modules and no others.
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["app", "psycopg", "sqlalchemy.dialects.postgresql"])
+forkserver.set_forkserver_preload(
+    [
+        "app",
+        "psycopg",
+        "flask_sqlalchemy.cli",
+        "sqlalchemy.dialects.postgresql",
+        "sqlalchemy.dialects.sqlite",
+    ]
+)
 
 
 def stop_forkserver() -> None:
