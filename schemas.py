@@ -45,7 +45,7 @@ class SettingsSchema(Schema):
 
 
 SETTINGS_HELP = "\b\nSettings and their defaults, from .env or the environment:" + "".join(
-    f"\n  {name}={field.load_default}" for name, field in SettingsSchema().fields.items()
+    f"\n  {name}={field.load_default or '(not set)'}" for name, field in SettingsSchema().fields.items()
 )
 
 
@@ -133,7 +133,7 @@ class JSONProvider(DefaultJSONProvider):
 def parse_object(body: bytes) -> dict[str, Any]:
     """Return a JSON object, or abort with status 400; raise ValidationError for its names."""
     try:
-        value = json.loads(body, object_pairs_hook=_require_unique_names)
+        value = json.loads(str(body, "utf-8-sig"), object_pairs_hook=_require_unique_names)
     except json.JSONDecodeError as error:
         abort(400, f"The body is not JSON: {error.msg}: line {error.lineno}, column {error.colno}.")
     except (ValueError, RecursionError):  # not UTF-8, a number too long, nested too deep

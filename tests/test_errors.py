@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from conftest import CONFIG, URL, Running, basic, failure
 from flask import Flask, abort
@@ -5,6 +7,7 @@ from flask.testing import FlaskClient
 
 BAD_BODIES = {
     "not UTF-8": b"\xff\xfe\xfd",
+    "UTF-16": json.dumps(CONFIG).encode("utf-16"),
     "nested past the parser": b"[" * 60_000,
     "nested deeply": b"[" * 30_000 + b"]" * 30_000,
     "huge number": b"9" * 5000,
@@ -22,6 +25,12 @@ def test_body_must_be_a_json_object(
     answer = client.put(URL, data=body, headers=auth_headers, content_type="application/json")
     assert answer.status_code == 400
     assert answer.json == failure("InputException", "The body must be a JSON object in UTF-8.")
+
+
+def test_byte_order_mark_is_ignored(client: FlaskClient, auth_headers: dict[str, str]) -> None:
+    body = json.dumps(CONFIG).encode("utf-8-sig")
+    answer = client.put(URL, data=body, headers=auth_headers, content_type="application/json")
+    assert (answer.status_code, answer.json) == (200, {"status": "success", "data": True})
 
 
 NOT_JSON = {
