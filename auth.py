@@ -52,7 +52,7 @@ def create_command(name: str | None) -> None:
     create_all()
     credential = Credential.issue(name)
     click.echo(credential)
-    report(f"Created {credential[:32]}. Keep the credential safe: it is shown only once.")
+    report(f"Keep the credential safe: it is shown only once. Created {credential[:32]}.")
 
 
 @credentials.command("list")

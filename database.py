@@ -95,8 +95,9 @@ def storage_errors() -> Iterator[None]:
         # The first line alone: PostgreSQL's others may show the row.
         cause = str(getattr(error, "orig", error)).partition("\n")[0].rstrip(".")
         raise StorageError(
-            f"Database error: {cause}. Check that the database of DATABASE_URL is there (a start of"
-            " the service creates it), intact, writable, not locked, and has disk space."
+            f"Database error: {cause}. Check that the database of DATABASE_URL is there (if"
+            " nothing is left of it, a start of the service creates one), intact, writable, not"
+            " locked, and has disk space."
         ) from error
 
 

@@ -14,7 +14,7 @@ class DecryptionError(StorageError):
 
     public = (
         "The encryption key file is missing or damaged, or has no key for what is stored."
-        " Put the right one back, or move what is there away and set the provider again."
+        " Put the right one back, or set the provider again after moving a damaged one away."
     )
 
 

@@ -34,8 +34,8 @@ CONFIG = {"provider": "openai", "api_key": API_KEY}
 OTHER = {"provider": "other", "api_key": "other key"}
 OTHER_ENCRYPTION_KEY = b"A" * 43 + b"=\n"
 REMEDY = (
-    "Check that the database of DATABASE_URL is there (a start of the service creates it),"
-    " intact, writable, not locked, and has disk space."
+    "Check that the database of DATABASE_URL is there (if nothing is left of it, a start of the"
+    " service creates one), intact, writable, not locked, and has disk space."
 )
 
 # Few and always the same examples; `--hypothesis-profile=long` tries many others.
@@ -352,5 +352,5 @@ INTERNAL_ERROR = failure(
 UNREADABLE = failure(
     "GeneralException",
     "The encryption key file is missing or damaged, or has no key for what is stored."
-    " Put the right one back, or move what is there away and set the provider again.",
+    " Put the right one back, or set the provider again after moving a damaged one away.",
 )

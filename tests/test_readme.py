@@ -165,7 +165,7 @@ def test_settings_are_documented_alike() -> None:
 def test_help_tells_every_setting_with_its_default() -> None:
     _, shown, _ = run(serve, "--help")
     for name, field in SettingsSchema().fields.items():
-        assert f"  {name}={field.load_default}\n" in shown
+        assert f"  {name}={field.load_default or '(not set)'}\n" in shown
 
 
 def test_version_is_that_of_the_change_log() -> None:
