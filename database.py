@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
-from time import monotonic, sleep, time_ns
+from time import monotonic, sleep
 from typing import Any
 
 import click
@@ -124,7 +124,7 @@ class DatabaseFile:
     def __init__(self, path: Path) -> None:
         """Open nothing before the first statement."""
         self.path = path
-        self._opened: list[int | None] = []
+        self._opened: list[int] = []
 
     def connect(self) -> sqlite3.Connection:
         """Return the connection to the files that have the names now."""
@@ -135,8 +135,8 @@ class DatabaseFile:
                 raise sqlite3.OperationalError(f"{self.path} is missing or not an SQLite database")
             if first:  # not after saving the -wal that was removed
                 self.require_wal()
-            self._real_path = self.path.resolve()  # beside which SQLite has the other files
-            self._folder, self._folder_ctime = self._real_path.parent, -1
+            real_path = self.path.resolve()  # beside which SQLite has the other files
+            self._wal, self._shm = Path(f"{real_path}-wal"), Path(f"{real_path}-shm")
             self.connection, self._reader = self._open("rw"), self._open("ro")
             self._opened = self._state()
         return self.connection
@@ -169,7 +169,7 @@ class DatabaseFile:
         if not self._opened:
             return
         present = self._state()
-        if present[:2] == self._opened[:2] and present[2] != self._opened[2]:
+        if present[:2] == self._opened[:2] and present[2:3] != self._opened[2:3]:
             self._save_wal()
         elif present != self._opened:
             # The last to close writes the -wal into the database, unless it only reads.
@@ -187,9 +187,9 @@ class DatabaseFile:
         if busy and saved < max(pages, 0):
             raise sqlite3.OperationalError(f"{self.path}-wal is removed, but in use")
         with suppress(OSError):
-            Path(f"{self._real_path}-shm").unlink()
+            self._shm.unlink()
             if self._opened[0] != before:  # or it may be another process's
-                Path(f"{self._real_path}-wal").unlink()
+                self._wal.unlink()
 
     def _open(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"
@@ -199,18 +199,16 @@ class DatabaseFile:
         connection.executescript("PRAGMA synchronous = FULL; PRAGMA schema_version")
         return connection
 
-    def _state(self) -> list[int | None]:
-        try:
-            database, changed = self.path.stat(), self._folder.stat().st_ctime_ns
-            # Whoever gives a name to another file changes the folder, at a time that nobody sets.
-            if changed != self._folder_ctime:
-                inodes = {entry.path: entry.inode() for entry in os.scandir(self._folder)}
-                self._beside = [inodes.get(f"{self._real_path}{end}") for end in ("-wal", "-shm")]
-                if time_ns() - changed > 1e9:  # or another change could have the same time
-                    self._folder_ctime = changed
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return [database.st_mtime_ns, database.st_ino, *self._beside]
+    def _state(self) -> list[int]:
+        # The time of the database and the inode of each file, up to the first that is missing. A
+        # link in the place of -wal or -shm is another file.
+        state: list[int] = []
+        with suppress(FileNotFoundError, NotADirectoryError):
+            database = self.path.stat()
+            state += [database.st_mtime_ns, database.st_ino]
+            state.append(self._wal.lstat().st_ino)
+            state.append(self._shm.lstat().st_ino)
+        return state
 
 
 @lru_cache
