@@ -45,7 +45,8 @@ class SettingsSchema(Schema):
 
 
 SETTINGS_HELP = "\b\nSettings and their defaults, from .env or the environment:" + "".join(
-    f"\n  {name}={field.load_default or '(not set)'}" for name, field in SettingsSchema().fields.items()
+    f"\n  {name}={field.load_default or '(not set)'}"
+    for name, field in SettingsSchema().fields.items()
 )
 
 
