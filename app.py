@@ -20,7 +20,7 @@ from flask import Blueprint, Flask, abort, current_app, g, jsonify, request
 from marshmallow import ValidationError
 from waitress.adjustments import Adjustments
 from waitress.trigger import trigger
-from werkzeug.exceptions import HTTPException, default_exceptions
+from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response
 
 import auth
@@ -121,10 +121,10 @@ def _handle_validation_error(error: ValidationError) -> tuple[dict[str, object],
     return schemas.failure(400, schemas.summarize(error), error.messages_dict), 400
 
 
-def _handle_storage_error(error: database.StorageError) -> Response:
+def _handle_storage_error(error: database.StorageError) -> tuple[dict[str, object], int]:
     current_app.logger.error("%s", error)
     status = 503 if request.endpoint == "health" else 500
-    return _handle_http_exception(default_exceptions[status](error.public))
+    return schemas.failure(status, error.public), status
 
 
 def _handle_http_exception(error: HTTPException) -> Response:
