@@ -180,7 +180,7 @@ def _create_sqlite_file(database_file: database.DatabaseFile) -> None:
         path.touch(exist_ok=False)
         path.chmod(0o600)  # SQLite gives the files beside it the same mode
         current_app.logger.warning("Created database %s.", path)
-    TemporaryFile(dir=path.parent).close()  # or raise PermissionError
+    TemporaryFile(dir=wal.parent).close()  # or raise PermissionError
     with path.open("r+b") as file, db.engine.connect() as connection:
         fcntl.flock(file, fcntl.LOCK_EX)
         database_file.require_wal()

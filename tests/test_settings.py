@@ -346,6 +346,24 @@ def test_file_or_folder_without_permission_names_its_owner(name: str) -> None:
     assert "Traceback" not in log
 
 
+def test_folder_of_a_link_to_the_database_need_not_be_writable() -> None:
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        links = Path(folder, "links")
+        links.mkdir()
+        database, link = Path(folder, "ai-provider.db"), links / "link.db"
+        database.touch()
+        database.chmod(0o666)
+        link.symlink_to(database)
+        links.chmod(0o555)
+        keys = f"{folder}/encryption.key"
+        app = create_app({"DATABASE_URL": f"sqlite:///{link}", "ENCRYPTION_KEY_FILE": keys})
+        with without_privileges(), app.app_context():
+            create_all()
+            app.extensions["database_file"].close()
+        links.chmod(0o755)
+
+
 def test_denied_access_to_no_file_names_no_owner() -> None:
     assert explain(PermissionError(1, "Operation not permitted")) == "Operation not permitted."
 
