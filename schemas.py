@@ -75,7 +75,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     other: dict[str, str | None] = {}
     for name in (".flaskenv", ".env"):
         other |= dotenv_values(find_dotenv(name, usecwd=True) or os.devnull)
-    environment = {name: value for name, value in os.environ.items() if other.get(name) != value}
+    environment = dict(os.environ.items() - other.items())
     with suppress(FileNotFoundError), Path(root, ".env").open(encoding="utf-8") as file:
         for line in parse_stream(file):
             if line.error or (line.key and not line.key.isidentifier()):
