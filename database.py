@@ -57,7 +57,7 @@ def engine_settings(database_url: str, folder: Path) -> dict[str, Any]:
             return {"SQLALCHEMY_DATABASE_URI": url}
         no_file = url.host or url.query or url.database in {None, "", ":memory:"}
         if url.drivername == "sqlite" and not no_file:
-            url = url.set(database=str(Path(folder, str(url.database)).absolute()))
+            url = url.set(database=str(folder / str(url.database)))
             named = {"paramstyle": "named", "poolclass": sa.NullPool}
             return {"SQLALCHEMY_DATABASE_URI": url, "SQLALCHEMY_ENGINE_OPTIONS": named}
     raise click.ClickException(
