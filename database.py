@@ -222,7 +222,7 @@ def execute(statement: Statement, **parameters: object) -> list[Any]:
     sql, defaults, row_type = _compile_statement(statement, db.engine.dialect)
     with storage_errors(), lock:
         # By the driver itself: execution by SQLAlchemy costs as much as all the rest. It applies
-        # no default of a column: an INSERT names them all.
+        # no default of a column: what an INSERT does not name is NULL.
         rows = _connection().execute(sql, defaults | parameters)
         return [*map(row_type._make, rows)] if row_type._fields else []
 
