@@ -244,7 +244,7 @@ def _sqlite_file(other: Path) -> database.DatabaseFile:
     database_file: database.DatabaseFile | None = current_app.extensions.get("database_file")
     if not database_file:
         raise click.ClickException("Use pg_dump and pg_restore for a PostgreSQL database.")
-    if other.resolve() == database_file.path.resolve():
+    if os.path.realpath(other) == os.path.realpath(database_file.path):
         raise click.ClickException(f"{other} is the database itself.")
     return database_file
 

@@ -167,6 +167,16 @@ def test_database_is_not_its_own_backup(
     assert (result.exit_code, result.stderr) == (1, f"Error: {link} is the database itself.\n")
 
 
+def test_link_to_itself_is_replaced_by_a_backup(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path
+) -> None:
+    put(app, "first")
+    link = tmp_path / "link"
+    link.symlink_to(link)
+    assert runner.invoke(args=["backup", str(link)]).exit_code == 0
+    assert not link.is_symlink()
+
+
 def test_restore_tells_when_the_key_is_another(
     runner: FlaskCliRunner, backup: Path, key_file: Path, tmp_path: Path
 ) -> None:
