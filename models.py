@@ -196,8 +196,8 @@ def backup_command(file: Path) -> None:
     database_file = _sqlite_file(file)
     folder = None if str(file) == "-" else file.parent
     with storage_errors(), TemporaryDirectory(dir=folder) as private_folder:
-        replaceable = {b"", database.SQLITE_HEADER}  # no encryption key, above all
-        if file.exists() and not (file.is_file() and file.read_bytes()[:16] in replaceable):
+        allowed = {b"", database.SQLITE_HEADER}  # no encryption key, above all
+        if folder and file.exists() and not (file.is_file() and file.read_bytes()[:16] in allowed):
             raise click.ClickException(f"{file} is not a database, and is not replaced.")
         copy = Path(private_folder, file.name)
         copy.touch(0o600)

@@ -61,7 +61,11 @@ def test_backup_is_a_private_file_that_is_restored(
     assert config.provider == "first"
 
 
-def test_backup_goes_through_pipes(app: Flask, runner: FlaskCliRunner, tmp_path: Path) -> None:
+def test_backup_goes_through_pipes(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("-").write_bytes(b"another file")
     put(app, "first")
     backup = runner.invoke(args=["backup", "-"]).stdout_bytes
     put(app, "second")
