@@ -78,7 +78,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     environment = dict(os.environ.items() - other.items())
     with suppress(FileNotFoundError), Path(root, ".env").open(encoding="utf-8") as file:
         for line in parse_stream(file):
-            if line.error or (line.key and not line.key.isidentifier()):
+            if line.error or (line.key and (line.value is None or not line.key.isidentifier())):
                 raise ValidationError({f".env, line {line.original.line}": ["Must be NAME=value."]})
     settings = dotenv_values(root / ".env")
     if unknown := settings.keys() - SettingsSchema().fields:

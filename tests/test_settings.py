@@ -301,10 +301,11 @@ def test_misspelt_setting_in_the_file_is_refused(file_of_settings: Path) -> None
     [
         (b"LOG_LEVEL=INFO\nLISTEN: 127.0.0.1:8081\n", ".env, line 2: Must be NAME=value."),
         (b'LISTEN="127.0.0.1:8081\n', ".env, line 1: Must be NAME=value."),
+        (b"LISTEN\n", ".env, line 1: Must be NAME=value."),
         (b"postgresql://user:SECRET@host/db?a=b\n", ".env, line 1: Must be NAME=value."),
         (b"# f\xfcr\n", "{folder}/.env: Must be UTF-8."),
     ],
-    ids=["colon", "quote", "no name", "latin-1"],
+    ids=["colon", "quote", "no value", "no name", "latin-1"],
 )
 def test_malformed_file_of_settings_is_refused(
     file_of_settings: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
