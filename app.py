@@ -212,7 +212,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
 
 def create_servers(app: Flask, sockets: dict[Any, Any]) -> list[schemas.Server]:
     """Return a server for each address of LISTEN, bound to it; raise ClickException."""
-    listen, proxy = app.config["LISTEN"], str(app.config["TRUSTED_PROXY"])
+    listen, proxy = app.config["LISTEN"], app.config["TRUSTED_PROXY"]
     try:
         # A stranger may send 16 KiB of headers (by default 256) and 128 KiB of body (1 GiB), 2 KiB
         # at a time (8, with hundreds of requests), and stall 500 connections (100) for 10 seconds
