@@ -221,7 +221,7 @@ def restore_command(file: Path) -> None:
         present.execute("PRAGMA busy_timeout = 5000")
         copy.write_bytes(data.read())
         with suppress(FileNotFoundError):  # of a database that was not closed
-            Path(folder, "copy-wal").write_bytes(Path(f"{file}-wal").read_bytes())
+            Path(folder, "copy-wal").write_bytes(Path(f"{os.path.realpath(file)}-wal").read_bytes())
         with closing(sqlite3.connect(copy)) as source:
             if not _is_intact(source):
                 raise click.ClickException(f"{file} is not an intact database of the service.")

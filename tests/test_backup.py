@@ -87,7 +87,8 @@ def test_database_that_was_not_closed_is_restored_with_its_wal(
         database.commit()
         for suffix in ("", "-wal"):
             shutil.copy(f"{tmp_path}/copy{suffix}", f"{tmp_path}/crashed{suffix}")
-    assert runner.invoke(args=["restore", str(tmp_path / "crashed")]).exit_code == 0
+    (tmp_path / "link").symlink_to(tmp_path / "crashed")
+    assert runner.invoke(args=["restore", str(tmp_path / "link")]).exit_code == 0
     config = stored(app)
     assert config
     assert config.provider == "second"
