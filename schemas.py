@@ -73,8 +73,9 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     # Leave out what the flask command has put into the environment from the files of the current
     # folder, perhaps those of another application.
     other: dict[str, str | None] = {}
-    for name in (".flaskenv", ".env"):
-        other |= dotenv_values(find_dotenv(name, usecwd=True) or os.devnull)
+    if "FLASK_RUN_FROM_CLI" in os.environ:
+        for name in (".flaskenv", ".env"):
+            other |= dotenv_values(find_dotenv(name, usecwd=True) or os.devnull)
     environment = dict(os.environ.items() - other.items())
     with suppress(FileNotFoundError), Path(root, ".env").open(encoding="utf-8") as file:
         for line in parse_stream(file):

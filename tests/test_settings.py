@@ -317,6 +317,15 @@ def test_malformed_file_of_settings_is_refused(
     assert raised.value.message == message.format(folder=file_of_settings.parent)
 
 
+def test_file_of_another_application_does_not_concern_the_service(
+    file_of_settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_of_settings.write_bytes(b"LOG_LEVEL=ERROR\n# f\xfcr\n")
+    monkeypatch.setattr("app.ROOT", file_of_settings.parent / "application")
+    monkeypatch.setenv("LOG_LEVEL", "ERROR")
+    assert create_app().config["LOG_LEVEL"] == "ERROR"
+
+
 def serve_as_nobody() -> None:
     with without_privileges():
         serve()
