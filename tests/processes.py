@@ -3,12 +3,15 @@
 A fork starts in a tenth of the time that a new interpreter takes.
 """
 
+import gc
 import multiprocessing.forkserver
 import os
+import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -84,6 +87,7 @@ def call_as_new_process(
     *arguments: object,
 ) -> None:
     """Make the forked process like a new one; call the function."""
+    gc.freeze()  # or a collection would copy the pages that both processes share
     os.dup2(stdout.fileno(), sys.stdout.fileno())
     os.dup2(stderr.fileno(), sys.stderr.fileno())
     stdout.close()
@@ -113,10 +117,54 @@ def serve(*arguments: str) -> None:
     app.main()
 
 
+def serve_beside(root: Path) -> None:
+    """Do what `python app.py` does in a checkout in this folder."""
+    app.ROOT = root
+    serve()
+
+
 def serve_with_umask(umask: int) -> None:
     """Do what `python app.py` does in a shell with this umask."""
     os.umask(umask)
     serve()
+
+
+def serve_with_descriptors(count: int) -> None:
+    """Do what `python app.py` does after `ulimit -n`."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
+    serve()
+
+
+def serve_into_journal() -> None:
+    """Do what `python app.py` does when systemd writes its log into the journal."""
+    stream = os.fstat(sys.stderr.fileno())
+    os.environ["JOURNAL_STREAM"] = f"{stream.st_dev}:{stream.st_ino}"
+    serve()
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def serve_as_nobody() -> None:
+    """Do what `python app.py` does for a user without privileges."""
+    with without_privileges():
+        serve()
+
+
+def stop_and_hang() -> None:
+    """Print in how many seconds a process that was told to stop is ended."""
+    app._stop_on_signals({})
+    os.kill(os.getpid(), signal.SIGTERM)
+    sys.stdout.write(str(signal.alarm(0)))
+    sys.stdout.flush()
 
 
 def execute_command(*arguments: str) -> None:
@@ -131,15 +179,16 @@ def execute_command_beside(root: Path, *arguments: str) -> None:
     execute_command(*arguments)
 
 
+def execute_command_without(module: str, *arguments: str) -> None:
+    """Do what `flask` does where this module is not installed."""
+    sys.modules[module] = None  # type: ignore[assignment]
+    execute_command(*arguments)
+
+
 def start_interpreter(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.Popen[str]:
     """Start Python with these arguments, in a process that is not forked but new."""
-    return start_program(sys.executable, *arguments, cwd=cwd)
-
-
-def start_program(*command: str | Path, cwd: Path = ROOT) -> subprocess.Popen[str]:
-    """Start any program."""
     return subprocess.Popen(
-        command,
+        [sys.executable, *arguments],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

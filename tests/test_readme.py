@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CONFIG, OTHER, StartServer
-from processes import ROOT, execute_command_beside, run, serve, start_interpreter
+from processes import ROOT, Fork, execute_command_beside, run, serve, serve_beside
 
 from app import VERSION
 from schemas import SettingsSchema
@@ -65,7 +65,7 @@ def test_backup_of_a_running_service_is_restored_with_its_key(
     checkout: Path, start_server: StartServer, tmp_path: Path
 ) -> None:
     credential = create_credential(checkout)
-    server = start_server(start_interpreter("app.py", cwd=checkout))
+    server = start_server(Fork(serve_beside, checkout))
     server.put(CONFIG, credential)
     before = server.get(credential).body
     run_block("provider rotate-key", checkout)
@@ -96,14 +96,14 @@ def test_backup_is_restored_on_another_machine(
     checkout: Path, start_server: StartServer, tmp_path: Path
 ) -> None:
     credential = create_credential(checkout)
-    server = start_server(start_interpreter("app.py", cwd=checkout))
+    server = start_server(Fork(serve_beside, checkout))
     server.put(CONFIG, credential)
     before = server.get(credential).body
     run_block("backup -", checkout)
     run_block("encryption.new", checkout)
     other = tmp_path / "other"
     shutil.copytree(checkout, other, symlinks=True, ignore=shutil.ignore_patterns("instance"))
-    server = start_server(start_interpreter("app.py", cwd=other))
+    server = start_server(Fork(serve_beside, other))
     assert server.get(credential).status == 401
     shown = run_block("restore -", other)
     assert "Put the right one back" in shown

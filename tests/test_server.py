@@ -10,7 +10,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,21 @@ from conftest import (
     on_both,
 )
 from flask import Flask
-from processes import ROOT, Fork, run, serve_with_umask, start_interpreter, start_program
+from processes import (
+    ROOT,
+    Fork,
+    execute_command,
+    run,
+    serve_into_journal,
+    serve_with_descriptors,
+    serve_with_umask,
+    start_interpreter,
+    stop_and_hang,
+)
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
 
-from app import VERSION, _JournalFormatter, _stop_on_signals, create_servers
+from app import VERSION, _JournalFormatter, create_servers
 
 SUCCESS = {"status": "success", "data": True}
 
@@ -63,9 +72,7 @@ def test_start_and_stop_are_logged_with_version_and_address(start_server: StartS
 
 
 def test_journal_gets_priorities_instead_of_the_time(start_server: StartServer) -> None:
-    stream = "JOURNAL_STREAM=$(stat -Lc %d:%i /proc/$$/fd/2)"
-    program = start_program("sh", "-c", f"{stream} exec {sys.executable} app.py")
-    server = start_server(program)
+    server = start_server(Fork(serve_into_journal))
     server.request("GET")
     log = server.stop()
     assert re.search(r"^<4>WARNING Created database ", log, re.MULTILINE)
@@ -347,13 +354,6 @@ def test_name_of_two_addresses_is_served_on_both(
     wasyncore.close_all(sockets)
 
 
-def stop_and_hang() -> None:
-    _stop_on_signals({})
-    os.kill(os.getpid(), signal.SIGTERM)
-    sys.stdout.write(str(signal.alarm(0)))  # how many seconds were left
-    sys.stdout.flush()
-
-
 def test_process_that_hangs_is_ended_by_its_stop() -> None:
     assert run(stop_and_hang)[1] == "5"
 
@@ -361,8 +361,7 @@ def test_process_that_hangs_is_ended_by_its_stop() -> None:
 def test_few_descriptors_are_no_flood_in_the_log(
     start_server: StartServer, credential: str, key_file: Path
 ) -> None:
-    program = start_program("sh", "-c", f"ulimit -n 64; exec {sys.executable} app.py")
-    server = start_server(program)
+    server = start_server(Fork(serve_with_descriptors, 64))
     server.put(CONFIG, credential)
     with ExitStack() as stack:
         connections = [stack.enter_context(connect(server)) for _ in range(200)]
@@ -449,7 +448,7 @@ def test_development_server_logs_as_the_other_does(
     start_server: StartServer,
 ) -> None:
     create_credential()
-    server = start_server(start_interpreter("-m", "flask", "run", "--port", "0"))
+    server = start_server(Fork(execute_command, "run", "--port", "0"))
     server.wait_for("Press CTRL+C to quit")
     assert server.request("GET", "/health?secret=1").body == SUCCESS
     access = server.wait_for("")

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,7 +25,7 @@ from conftest import (
 )
 from flask import Flask
 from flask.testing import FlaskClient
-from processes import run, serve, start_interpreter
+from processes import execute_command_without, run, serve, serve_as_nobody, without_privileges
 
 from app import _parse_address, create_app
 from database import StorageError, explain
@@ -188,13 +188,9 @@ def test_key_file_that_others_cannot_access_is_no_warning(
 
 def test_missing_driver_for_postgresql_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", "postgres://localhost/db")
-    without_driver = "import sys; sys.modules['psycopg'] = None; from flask.cli import main; main()"
-    process = start_interpreter("-c", without_driver, "credentials", "list")
-    assert process.communicate(timeout=60) == (
-        "",
-        "Error: PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'\n",
-    )
-    assert process.returncode == 1
+    message = "Error: PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'\n"
+    list_command = ("psycopg", "credentials", "list")
+    assert run(execute_command_without, *list_command) == (1, "", message)
 
 
 def test_log_level_hides_what_is_below_it() -> None:
@@ -231,17 +227,6 @@ def test_folder_of_the_key_file_is_created(
     start_app()
     assert (tmp_path / "instance").stat().st_mode == 0o40700
     assert (tmp_path / "instance" / "encryption.key").exists()
-
-
-@contextmanager
-def without_privileges() -> Iterator[None]:
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 def test_unreadable_file_of_settings_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,11 +309,6 @@ def test_file_of_another_application_does_not_concern_the_service(
     monkeypatch.setattr("app.ROOT", file_of_settings.parent / "application")
     monkeypatch.setenv("LOG_LEVEL", "ERROR")
     assert create_app().config["LOG_LEVEL"] == "ERROR"
-
-
-def serve_as_nobody() -> None:
-    with without_privileges():
-        serve()
 
 
 @pytest.mark.parametrize("name", ["ai-provider.db", "encryption.key", ""])
