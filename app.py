@@ -232,7 +232,7 @@ def create_servers(app: Flask, sockets: dict[Any, Any]) -> list[schemas.Server]:
         )
         return [schemas.Server(app, sockets, adj=limits, sockinfo=each) for each in limits.listen]
     except (OSError, ValueError) as error:
-        raise click.ClickException(f"Cannot listen on LISTEN={listen}: {error}") from error
+        raise click.ClickException(f"LISTEN={listen} must be free and local: {error}") from error
 
 
 def _stop_on_signals(sockets: dict[Any, Any]) -> None:

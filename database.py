@@ -142,7 +142,7 @@ class DatabaseFile:
         return self.connection
 
     def require_wal(self) -> None:
-        """Raise OperationalError if another process writes to a -wal or -shm that was removed."""
+        """Raise StorageError if another process writes to a -wal or -shm that was removed."""
         path = os.path.realpath(self.path)
         with self.path.open("r+b") as file:
             for _ in range(10):
@@ -153,8 +153,8 @@ class DatabaseFile:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *SQLITE_SHARED_LOCK)
                     return
                 sleep(0.05)
-        raise sqlite3.OperationalError(
-            f"{path} is in use, but its -wal or -shm was removed. A request to the service mends it"
+        raise StorageError(
+            f"{path} is in use, but its -wal or -shm was removed. First call the service's /health."
         )
 
     def confirm(self) -> None:
@@ -185,7 +185,7 @@ class DatabaseFile:
         finally:
             self._opened[0] = self.path.stat().st_mtime_ns
         if busy and saved < max(pages, 0):
-            raise sqlite3.OperationalError(f"{self.path}-wal is removed, but in use")
+            raise sqlite3.OperationalError(f"{self.path}-wal is removed, but others read it")
         with suppress(OSError):
             self._shm.unlink()
             if self._opened[0] != before:  # or it may be another process's

@@ -83,7 +83,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
                 raise ValidationError({f".env, line {line.original.line}": ["Must be NAME=value."]})
     settings = dotenv_values(root / ".env")
     if unknown := settings.keys() - SettingsSchema().fields:
-        raise ValidationError({name: ["Not a setting; see .env.example."] for name in unknown})
+        raise ValidationError({name: ["Not in .env.example, but in .env."] for name in unknown})
     return settings | environment
 
 

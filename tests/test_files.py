@@ -16,7 +16,6 @@ from conftest import (
     CONFIG,
     INTERNAL_ERROR,
     OTHER,
-    REMEDY,
     Server,
     StartApp,
     StartServer,
@@ -135,8 +134,9 @@ def test_command_is_refused_while_the_service_writes_to_a_removed_file(
         database.with_name(f"ai-provider.db{suffix}").unlink()
     arguments = [*command.split(), credential][: 3 if "revoke" in command else 2]
     cause = f"{database} is in use, but its -wal or -shm was removed."
-    refusal = f"Error: Database error: {cause} A request to the service mends it. {REMEDY}\n"
+    refusal = f"Error: {cause} First call the service's /health.\n"
     assert flask(*arguments) == (1, "", refusal)
+    assert server.request("GET", "/health").status == 200
     assert server.get(credential).body == before
     assert flask(*arguments)[0] == 0
 

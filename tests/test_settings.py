@@ -98,7 +98,9 @@ def test_bad_setting_is_one_clear_line(name: str, value: str) -> None:
 def test_name_that_is_not_resolved_is_one_clear_line() -> None:
     status, output, log = run(serve, LISTEN="nowhere.invalid:80")
     assert (status, output) == (1, "")
-    assert log.splitlines()[-1].startswith("Error: Cannot listen on LISTEN=nowhere.invalid:80: ")
+    assert log.splitlines()[-1].startswith(
+        "Error: LISTEN=nowhere.invalid:80 must be free and local: "
+    )
     assert "Traceback" not in log
 
 
@@ -119,7 +121,7 @@ def test_port_taken_is_one_clear_line(start_server: StartServer) -> None:
     assert run(serve, LISTEN=listen) == (
         1,
         "",
-        f"Error: Cannot listen on LISTEN={listen}: [Errno 98] Address already in use\n",
+        f"Error: LISTEN={listen} must be free and local: [Errno 98] Address already in use\n",
     )
 
 
@@ -277,7 +279,9 @@ def test_setting_is_read_from_the_file(file_of_settings: Path) -> None:
 
 def test_misspelt_setting_in_the_file_is_refused(file_of_settings: Path) -> None:
     file_of_settings.write_text("AI_PROVIDER=openai\n")
-    with pytest.raises(ClickException, match=r"^AI_PROVIDER: Not a setting; see \.env\.example\.$"):
+    with pytest.raises(
+        ClickException, match=r"^AI_PROVIDER: Not in \.env\.example, but in \.env\.$"
+    ):
         create_app()
 
 
