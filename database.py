@@ -40,7 +40,6 @@ BEGIN = {
     "postgresql": ["BEGIN; SET LOCAL lock_timeout = {}; LOCK provider_config IN EXCLUSIVE MODE"],
 }
 SQLITE_HEADER = b"SQLite format 3\0"
-SQLITE_SHARED_LOCK = (510, 0x40000002)  # the bytes that all who have the database open lock
 lock = RLock()  # the development server has several threads
 
 
@@ -129,33 +128,33 @@ class DatabaseFile:
     def connect(self) -> sqlite3.Connection:
         """Return the connection to the files that have the names now."""
         if not self._opened or self._state() != self._opened:
-            first = not self._opened
-            self.close()
+            is_saved = self.close()
             if not self.path.is_file() or self.path.read_bytes()[:16] != SQLITE_HEADER:
                 raise sqlite3.OperationalError(f"{self.path} is missing or not an SQLite database")
-            if first:  # not after saving the -wal that was removed
-                self.require_wal()
+            beside = [] if is_saved else self.require_wal()
             real_path = self.path.resolve()  # beside which SQLite has the other files
             self._wal, self._shm = Path(f"{real_path}-wal"), Path(f"{real_path}-shm")
             self.connection, self._reader = self._open("rw"), self._open("ro")
-            self._opened = self._state()
+            self._opened = [*self._state(), 0, 0][:4]  # 0 if it was removed meanwhile
+            if beside and beside != self._opened[2:]:
+                self._wal.unlink(missing_ok=True)  # or others would take it for theirs
+                self._close_connections()
+                raise sqlite3.OperationalError("its files were replaced")
         return self.connection
 
-    def require_wal(self) -> None:
-        """Raise StorageError if another process writes to a -wal or -shm that was removed."""
+    def require_wal(self) -> list[int]:
+        """Return the inodes of -wal and -shm; raise StorageError if others use removed ones."""
         path = os.path.realpath(self.path)
         with self.path.open("r+b") as file:
             for _ in range(10):
                 # Who opens or closes the database lacks them, too, but for a moment.
-                if Path(f"{path}-wal").exists() and Path(f"{path}-shm").exists():
-                    return
-                with suppress(BlockingIOError):
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *SQLITE_SHARED_LOCK)
-                    return
+                with suppress(FileNotFoundError):
+                    return [Path(f"{path}{end}").lstat().st_ino for end in ("-wal", "-shm")]
+                with suppress(BlockingIOError):  # of the bytes that all who have it open lock
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)
+                    return []
                 sleep(0.05)
-        raise StorageError(
-            f"{path} is in use, but its -wal or -shm was removed. First call the service's /health."
-        )
+        raise StorageError(f"{path} is in use without -wal or -shm. Call the service's /health.")
 
     def confirm(self) -> None:
         """Raise OperationalError if a restart would not show what was committed."""
@@ -164,22 +163,27 @@ class DatabaseFile:
             raise sqlite3.OperationalError("its files were replaced")
         self._opened = present  # a commit may write to the database itself
 
-    def close(self) -> None:
-        """Close the files, after saving what only a removed -wal has; raise sqlite3.Error."""
+    def close(self) -> bool:
+        """Save what only a removed -wal has, and close; return whether it was this process's."""
         if not self._opened:
-            return
+            return False
         present = self._state()
-        if present[:2] == self._opened[:2] and present[2:3] != self._opened[2:3]:
+        # Another -shm is of a process that has saved the -wal before.
+        is_ours = present[:2] == self._opened[:2] and present[3:] in ([], self._opened[3:])
+        if is_ours and present != self._opened:
             self._save_wal()
         elif present != self._opened:
             # The last to close writes the -wal into the database, unless it only reads.
             self.connection.close()
+        self._close_connections()
+        return is_ours
+
+    def _close_connections(self) -> None:
         self._reader.close()
         self.connection.close()
         self._opened = []
 
     def _save_wal(self) -> None:
-        before = self._opened[0]
         try:
             [(busy, pages, saved)] = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
@@ -187,9 +191,9 @@ class DatabaseFile:
         if busy and saved < max(pages, 0):
             raise sqlite3.OperationalError(f"{self.path}-wal is removed, but others read it")
         with suppress(OSError):
-            self._shm.unlink()
-            if self._opened[0] != before:  # or it may be another process's
-                self._wal.unlink()
+            os.utime(self.path)  # or another process would save the same -wal again
+            self._shm.unlink(missing_ok=True)
+            self._wal.unlink(missing_ok=True)
 
     def _open(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"

@@ -22,7 +22,6 @@ class KeyFile:
     """The encryption key file: one Fernet key a line, of which the newest, the first, encrypts."""
 
     version: tuple[int, ...] = ()
-    cipher: MultiFernet
 
     @property
     def path(self) -> Path:

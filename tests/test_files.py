@@ -27,8 +27,8 @@ from conftest import (
 from flask import Flask
 from processes import run, serve
 
-from database import StorageError, execute, transaction
-from models import ProviderConfig
+from database import DatabaseFile, StorageError, execute, transaction
+from models import Credential, ProviderConfig
 
 FILES = ["", "-wal", "-shm"]
 Fault = Callable[[Path], object]
@@ -133,12 +133,69 @@ def test_command_is_refused_while_the_service_writes_to_a_removed_file(
     for suffix in suffixes:
         database.with_name(f"ai-provider.db{suffix}").unlink()
     arguments = [*command.split(), credential][: 3 if "revoke" in command else 2]
-    cause = f"{database} is in use, but its -wal or -shm was removed."
-    refusal = f"Error: {cause} First call the service's /health.\n"
+    cause = f"{database} is in use without -wal or -shm."
+    refusal = f"Error: {cause} Call the service's /health.\n"
     assert flask(*arguments) == (1, "", refusal)
     assert server.request("GET", "/health").status == 200
     assert server.get(credential).body == before
     assert flask(*arguments)[0] == 0
+
+
+def remove_files(folder: Path) -> None:
+    for suffix in ("-wal", "-shm"):
+        (folder / f"ai-provider.db{suffix}").unlink()
+
+
+def test_command_is_refused_if_files_are_removed_while_it_opens_them(
+    server: Server, app: Flask, credential: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.put(CONFIG, credential)
+    require_wal = DatabaseFile.require_wal
+
+    def require_and_lose_wal(file: DatabaseFile) -> list[int]:
+        inodes = require_wal(file)
+        remove_files(tmp_path)
+        return inodes
+
+    monkeypatch.setattr(DatabaseFile, "require_wal", require_and_lose_wal)
+    with app.app_context(), pytest.raises(StorageError, match="its files were replaced"):
+        Credential.revoke(credential[:32])
+    assert server.get(credential).body["data"]["provider"] == "openai"
+
+
+def test_removal_after_the_opening_is_noticed(
+    app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file = DatabaseFile._open
+
+    def open_and_lose_files(file: DatabaseFile, mode: str) -> sqlite3.Connection:
+        connection = open_file(file, mode)
+        if mode == "ro":
+            remove_files(tmp_path)
+        return connection
+
+    close_database(app)
+    with monkeypatch.context() as patch, app.app_context():
+        patch.setattr(DatabaseFile, "_open", open_and_lose_files)
+        with pytest.raises(StorageError, match="its files were replaced"):
+            ProviderConfig.put("openai", "key", "author")
+    with app.app_context():
+        ProviderConfig.put("other", "key", "author")
+    assert (tmp_path / "ai-provider.db-wal").stat().st_size
+
+
+def test_files_removed_twice_lose_no_write_of_another_process(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    servers = [start_server(), start_server()]
+    for server in servers:
+        server.put(CONFIG, credential)
+    remove_files(tmp_path)
+    assert servers[1].put(OTHER, credential).status == 200
+    remove_files(tmp_path)
+    assert servers[0].get(credential).body == INTERNAL_ERROR
+    for server in reversed(servers):
+        assert server.get(credential).body["data"]["provider"] == "other"
 
 
 def test_removed_wal_of_a_link_to_the_database_is_noticed(
@@ -380,8 +437,9 @@ def test_removed_wal_is_saved_once_another_process_lets_it(
     assert server.get(credential).body["data"]["provider"] == "other"
 
 
-def test_removed_wal_in_which_another_process_writes_is_left_to_it(
-    start_server: StartServer, app: Flask, credential: str, tmp_path: Path
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+def test_removed_file_of_a_transaction_in_work_is_left_to_it(
+    start_server: StartServer, app: Flask, credential: str, tmp_path: Path, suffix: str
 ) -> None:
     server = start_server()
     server.put(CONFIG, credential)
@@ -389,11 +447,13 @@ def test_removed_wal_in_which_another_process_writes_is_left_to_it(
     def write() -> None:
         with transaction():
             execute(sa.delete(ProviderConfig))
-            (tmp_path / "ai-provider.db-wal").unlink()
-            assert server.put(OTHER, credential).status == 200
+            (tmp_path / f"ai-provider.db{suffix}").unlink()
+            assert server.put(CONFIG, credential).status == 200
 
     with app.app_context(), pytest.raises(StorageError, match="replaced"):
         write()
+    close_database(app)
+    assert server.put(OTHER, credential).status == 200
     server.stop(signal.SIGKILL)
     assert start_server().get(credential).body["data"]["provider"] == "other"
 
