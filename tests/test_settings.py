@@ -315,6 +315,16 @@ def test_file_of_another_application_does_not_concern_the_service(
     assert create_app().config["LOG_LEVEL"] == "ERROR"
 
 
+def test_file_of_another_application_does_not_concern_a_command(
+    file_of_settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_of_settings.write_text("LOG_LEVEL=ERROR")
+    monkeypatch.setattr("app.ROOT", file_of_settings.parent / "application")
+    monkeypatch.setenv("FLASK_RUN_FROM_CLI", "true")
+    monkeypatch.setenv("LOG_LEVEL", "ERROR")  # as the flask command does for that file
+    assert create_app().config["LOG_LEVEL"] == "INFO"
+
+
 @pytest.mark.parametrize("name", ["ai-provider.db", "encryption.key", ""])
 def test_file_or_folder_without_permission_names_its_owner(name: str) -> None:
     with TemporaryDirectory() as folder:
