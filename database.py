@@ -164,7 +164,7 @@ class DatabaseFile:
         self._opened = present  # a commit may write to the database itself
 
     def close(self) -> bool:
-        """Save what only a removed -wal has, and close; return whether it was this process's."""
+        """Close, after saving what only a removed -wal has; return whether that was possible."""
         if not self._opened:
             return False
         present = self._state()
