@@ -137,7 +137,8 @@ class DatabaseFile:
             self.connection, self._reader = self._open("rw"), self._open("ro")
             self._opened = [*self._state(), 0, 0][:4]  # 0 if it was removed meanwhile
             if beside and beside != self._opened[2:]:
-                self._wal.unlink(missing_ok=True)  # or others would take it for theirs
+                # What this process has made would be taken for theirs.
+                (self._shm if beside[0] == self._opened[2] else self._wal).unlink(missing_ok=True)
                 self._close_connections()
                 raise sqlite3.OperationalError("its files were replaced")
         return self.connection

@@ -141,26 +141,42 @@ def test_command_is_refused_while_the_service_writes_to_a_removed_file(
     assert flask(*arguments)[0] == 0
 
 
-def remove_files(folder: Path) -> None:
-    for suffix in ("-wal", "-shm"):
+def remove_files(folder: Path, *suffixes: str) -> None:
+    for suffix in suffixes or ("-wal", "-shm"):
         (folder / f"ai-provider.db{suffix}").unlink()
 
 
-def test_command_is_refused_if_files_are_removed_while_it_opens_them(
-    server: Server, app: Flask, credential: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server.put(CONFIG, credential)
+def lose_files_before_the_opening(monkeypatch: pytest.MonkeyPatch, *suffixes: str) -> None:
     require_wal = DatabaseFile.require_wal
 
     def require_and_lose_wal(file: DatabaseFile) -> list[int]:
         inodes = require_wal(file)
-        remove_files(tmp_path)
+        remove_files(file.path.parent, *suffixes)
         return inodes
 
     monkeypatch.setattr(DatabaseFile, "require_wal", require_and_lose_wal)
+
+
+def test_command_is_refused_if_files_are_removed_while_it_opens_them(
+    server: Server, app: Flask, credential: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.put(CONFIG, credential)
+    lose_files_before_the_opening(monkeypatch)
     with app.app_context(), pytest.raises(StorageError, match="its files were replaced"):
         Credential.revoke(credential[:32])
     assert server.get(credential).body["data"]["provider"] == "openai"
+
+
+def test_refused_command_leaves_the_wal_of_the_service(
+    start_server: StartServer, app: Flask, credential: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server()
+    server.put(CONFIG, credential)
+    lose_files_before_the_opening(monkeypatch, "-shm")
+    with app.app_context(), pytest.raises(StorageError, match="its files were replaced"):
+        Credential.revoke(credential[:32])
+    server.stop(signal.SIGKILL)
+    assert start_server().get(credential).body["data"]["provider"] == "openai"
 
 
 def test_removal_after_the_opening_is_noticed(
