@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any
 
 import click
@@ -39,7 +39,6 @@ BEGIN = {
     "sqlite": ["PRAGMA busy_timeout = {}", "BEGIN IMMEDIATE"],
     "postgresql": ["BEGIN; SET LOCAL lock_timeout = {}; LOCK provider_config IN EXCLUSIVE MODE"],
 }
-SQLITE_HEADER = b"SQLite format 3\0"
 lock = RLock()  # the development server has several threads
 
 
@@ -79,7 +78,7 @@ def init_app(app: Flask) -> None:
 
             @context.call_on_close
             def _close_file() -> None:
-                with app.app_context(), storage_errors():
+                with app.app_context(), storage_errors(), database_file.alone():
                     database_file.close()
 
 
@@ -127,35 +126,30 @@ class DatabaseFile:
 
     def connect(self) -> sqlite3.Connection:
         """Return the connection to the files that have the names now."""
-        if not self._opened or self._state() != self._opened:
+        if self._opened and self._state() == self._opened:
+            return self.connection
+        if not self.path.is_file() or not self.path.stat().st_size:
+            raise sqlite3.OperationalError(f"{self.path} is missing or empty")
+        with self.alone():
             is_saved = self.close()
-            if not self.path.is_file() or self.path.read_bytes()[:16] != SQLITE_HEADER:
-                raise sqlite3.OperationalError(f"{self.path} is missing or not an SQLite database")
-            beside = [] if is_saved else self.require_wal()
-            real_path = self.path.resolve()  # beside which SQLite has the other files
-            self._wal, self._shm = Path(f"{real_path}-wal"), Path(f"{real_path}-shm")
-            self.connection, self._reader = self._open("rw"), self._open("ro")
-            self._opened = [*self._state(), 0, 0][:4]  # 0 if it was removed meanwhile
-            if beside and beside != self._opened[2:]:
+            # Beside what a link leads to.
+            self._wal, self._shm = (Path(f"{self.path.resolve()}{end}") for end in ("-wal", "-shm"))
+            beside = [] if is_saved else self._require_wal()
+            try:
+                self.connection: sqlite3.Connection = self._open("rw")
+                self._reader, self._opened = self.connection, [0]
+                present = [*self._state(), 0, 0][:4]  # 0 if it was removed meanwhile
+                self._reader = self._open("ro")
+                if beside in ([], present[2:]):
+                    self._opened = present
+                    return self.connection
+            finally:
                 # What this process has made would be taken for theirs.
-                (self._shm if beside[0] == self._opened[2] else self._wal).unlink(missing_ok=True)
-                self._close_connections()
-                raise sqlite3.OperationalError("its files were replaced")
-        return self.connection
-
-    def require_wal(self) -> list[int]:
-        """Return the inodes of -wal and -shm; raise StorageError if others use removed ones."""
-        path = os.path.realpath(self.path)
-        with self.path.open("r+b") as file:
-            for _ in range(10):
-                # Who opens or closes the database lacks them, too, but for a moment.
-                with suppress(FileNotFoundError):
-                    return [Path(f"{path}{end}").lstat().st_ino for end in ("-wal", "-shm")]
-                with suppress(BlockingIOError):  # of the bytes that all who have it open lock
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)
-                    return []
-                sleep(0.05)
-        raise StorageError(f"{path} is in use without -wal or -shm. Call the service's /health.")
+                for path, inode in zip((self._wal, self._shm), beside, strict=False):
+                    if path.exists() and path.lstat().st_ino != inode:
+                        path.unlink()
+            self.close()
+        return self.connect()
 
     def confirm(self) -> None:
         """Raise OperationalError if a restart would not show what was committed."""
@@ -164,25 +158,43 @@ class DatabaseFile:
             raise sqlite3.OperationalError("its files were replaced")
         self._opened = present  # a commit may write to the database itself
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep others from opening or closing: they would remove what this process makes."""
+        folder = os.open(next(filter(Path.is_dir, self.path.resolve().parents)), os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def _require_wal(self) -> list[int]:
+        # Return the inodes of -wal and -shm, or nothing if nobody has the database open.
+        with suppress(FileNotFoundError):
+            return [self._wal.lstat().st_ino, self._shm.lstat().st_ino]
+        with self.path.open("r+b") as file, suppress(BlockingIOError):
+            # The bytes that all who have it open lock.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)
+            return []
+        raise StorageError(
+            f"{self.path} is in use without -wal or -shm. Call the service's /health."
+        )
+
     def close(self) -> bool:
-        """Close, after saving what only a removed -wal has; return whether that was possible."""
+        """Close, alone, after saving what only a removed -wal has; return whether all is saved."""
         if not self._opened:
             return False
         present = self._state()
-        # Another -shm is of a process that has saved the -wal before.
-        is_ours = present[:2] == self._opened[:2] and present[3:] in ([], self._opened[3:])
-        if is_ours and present != self._opened:
-            self._save_wal()
-        elif present != self._opened:
+        is_ours = present[:2] == self._opened[:2]
+        if present != self._opened:
+            if is_ours:
+                self._save_wal()
             # The last to close writes the -wal into the database, unless it only reads.
             self.connection.close()
-        self._close_connections()
-        return is_ours
-
-    def _close_connections(self) -> None:
         self._reader.close()
         self.connection.close()
         self._opened = []
+        return is_ours
 
     def _save_wal(self) -> None:
         try:
@@ -191,17 +203,17 @@ class DatabaseFile:
             self._opened[0] = self.path.stat().st_mtime_ns
         if busy and saved < max(pages, 0):
             raise sqlite3.OperationalError(f"{self.path}-wal is removed, but others read it")
-        with suppress(OSError):
-            os.utime(self.path)  # or another process would save the same -wal again
-            self._shm.unlink(missing_ok=True)
-            self._wal.unlink(missing_ok=True)
+        self._wal.unlink(missing_ok=True)
+        self._shm.unlink(missing_ok=True)
+        os.utime(self.path)  # or another process would save the same -wal again
 
     def _open(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"
         options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
-        connection: sqlite3.Connection = sqlite3.connect(uri, uri=True, timeout=0.025, **options)
-        # On disk before the answer. The second statement opens all three files.
-        connection.executescript("PRAGMA synchronous = FULL; PRAGMA schema_version")
+        connection: sqlite3.Connection = sqlite3.connect(uri, uri=True, timeout=1, **options)
+        # On disk before the answer. Both open all three files; the second makes those of a copy
+        # that another program has left in another mode.
+        connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
         return connection
 
     def _state(self) -> list[int]:

@@ -1,6 +1,5 @@
 """What is stored: the clients' credentials and the provider configuration."""
 
-import fcntl
 import os
 import sqlite3
 from contextlib import closing, suppress
@@ -10,13 +9,14 @@ from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from secrets import compare_digest, token_hex
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 
 import click
 import sqlalchemy as sa
 from flask import current_app
 from flask.cli import with_appcontext
 from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.schema import CreateTable
 
 import database
 from database import Base, StorageError, db, execute, report, storage_errors, transaction
@@ -159,7 +159,7 @@ def create_all() -> None:
     with storage_errors():
         # One process at a time: create_all looks first, and creates then.
         if "database_file" in current_app.extensions:
-            _create_sqlite_file(current_app.extensions["database_file"])
+            _create_sqlite_file(current_app.extensions["database_file"].path)
         else:
             engine = db.engine.execution_options(isolation_level="READ COMMITTED")
             with engine.begin() as connection:
@@ -171,21 +171,24 @@ def create_all() -> None:
                 key_file.create()
 
 
-def _create_sqlite_file(database_file: database.DatabaseFile) -> None:
-    path = database_file.path
-    wal = Path(f"{os.path.realpath(path)}-wal")
+def _create_sqlite_file(path: Path) -> None:
+    real_path = path.resolve()
+    wal = Path(f"{real_path}-wal")
     if wal.exists() and not path.exists():
         raise StorageError(f"{path} is gone. Put it back, or move {wal} away, too.")
-    with suppress(FileExistsError):
-        path.touch(exist_ok=False)
-        path.chmod(0o600)  # SQLite gives the files beside it the same mode
-        current_app.logger.warning("Created database %s.", path)
-    TemporaryFile(dir=wal.parent).close()  # or raise PermissionError
-    with path.open("r+b") as file, db.engine.connect() as connection:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        database_file.require_wal()
-        connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-        Base.metadata.create_all(connection)
+    with TemporaryDirectory(dir=wal.parent) as folder:  # or raise PermissionError
+        if path.exists():
+            return
+        new = Path(folder, "new")
+        new.touch()
+        new.chmod(0o600)  # SQLite gives the files beside it the same mode
+        with closing(sqlite3.connect(new)) as connection:
+            for table in Base.metadata.sorted_tables:
+                connection.execute(str(CreateTable(table)))
+            connection.execute("PRAGMA journal_mode = WAL")
+        with suppress(FileExistsError):
+            os.link(new, real_path)
+            current_app.logger.warning("Created database %s.", path)
 
 
 @click.command("backup")
@@ -196,7 +199,7 @@ def backup_command(file: Path) -> None:
     database_file = _sqlite_file(file)
     folder = None if str(file) == "-" else file.parent
     with storage_errors(), TemporaryDirectory(dir=folder) as private_folder:
-        allowed = {b"", database.SQLITE_HEADER}  # no encryption key, above all
+        allowed = {b"", b"SQLite format 3\0"}  # no encryption key, above all
         if folder and file.exists() and not (file.is_file() and file.read_bytes()[:16] in allowed):
             raise click.ClickException(f"{file} is not a database, and is not replaced.")
         copy = Path(private_folder, file.name)

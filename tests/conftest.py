@@ -292,7 +292,8 @@ def issue_credential(app: Flask) -> str:
 
 def close_database(app: Flask) -> None:
     if database_file := app.extensions.get("database_file"):
-        database_file.close()
+        with database_file.alone():
+            database_file.close()
     with app.app_context():
         db.engine.dispose()
 

@@ -7,7 +7,9 @@ import signal
 import sqlite3
 import subprocess
 from collections.abc import Callable
-from contextlib import closing
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from conftest import (
     CONFIG,
     INTERNAL_ERROR,
     OTHER,
+    Answer,
     Server,
     StartApp,
     StartServer,
@@ -28,7 +31,7 @@ from flask import Flask
 from processes import run, serve
 
 from database import DatabaseFile, StorageError, execute, transaction
-from models import Credential, ProviderConfig
+from models import Credential, ProviderConfig, create_all
 
 FILES = ["", "-wal", "-shm"]
 Fault = Callable[[Path], object]
@@ -147,23 +150,30 @@ def remove_files(folder: Path, *suffixes: str) -> None:
 
 
 def lose_files_before_the_opening(monkeypatch: pytest.MonkeyPatch, *suffixes: str) -> None:
-    require_wal = DatabaseFile.require_wal
+    require_wal = DatabaseFile._require_wal
 
     def require_and_lose_wal(file: DatabaseFile) -> list[int]:
         inodes = require_wal(file)
         remove_files(file.path.parent, *suffixes)
         return inodes
 
-    monkeypatch.setattr(DatabaseFile, "require_wal", require_and_lose_wal)
+    monkeypatch.setattr(DatabaseFile, "_require_wal", require_and_lose_wal)
 
 
+@pytest.mark.parametrize("suffixes", [["-wal"], ["-shm"], ["-wal", "-shm"]])
+@pytest.mark.parametrize("command", [create_all, partial(Credential.revoke, "0" * 32)])
 def test_command_is_refused_if_files_are_removed_while_it_opens_them(
-    server: Server, app: Flask, credential: str, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    app: Flask,
+    credential: str,
+    monkeypatch: pytest.MonkeyPatch,
+    suffixes: list[str],
+    command: Callable[[], object],
 ) -> None:
     server.put(CONFIG, credential)
-    lose_files_before_the_opening(monkeypatch)
-    with app.app_context(), pytest.raises(StorageError, match="its files were replaced"):
-        Credential.revoke(credential[:32])
+    lose_files_before_the_opening(monkeypatch, *suffixes)
+    with app.app_context(), pytest.raises(StorageError, match="in use without -wal or -shm"):
+        command()
     assert server.get(credential).body["data"]["provider"] == "openai"
 
 
@@ -173,26 +183,124 @@ def test_refused_command_leaves_the_wal_of_the_service(
     server = start_server()
     server.put(CONFIG, credential)
     lose_files_before_the_opening(monkeypatch, "-shm")
-    with app.app_context(), pytest.raises(StorageError, match="its files were replaced"):
+    with app.app_context(), pytest.raises(StorageError, match="in use without -wal or -shm"):
         Credential.revoke(credential[:32])
     server.stop(signal.SIGKILL)
     assert start_server().get(credential).body["data"]["provider"] == "openai"
 
 
-def test_removal_after_the_opening_is_noticed(
-    app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def meanwhile(pool: Executor, request: Callable[[], Answer]) -> Future[Answer]:
+    """Begin the request, and let it end now if nothing holds it up."""
+    answer = pool.submit(request)
+    wait([answer], timeout=0.3)
+    return answer
+
+
+def test_request_waits_until_a_refused_command_has_removed_what_it_made(
+    server: Server, app: Flask, credential: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.put(CONFIG, credential)
+    answers: list[Future[Answer]] = []
+    open_file = DatabaseFile._open
+
+    def lose_files_and_open(file: DatabaseFile, mode: str) -> sqlite3.Connection:
+        if not answers:
+            remove_files(tmp_path)
+        connection = open_file(file, mode)
+        answers.append(meanwhile(pool, partial(server.get, credential)))
+        return connection
+
+    monkeypatch.setattr(DatabaseFile, "_open", lose_files_and_open)
+    with ThreadPoolExecutor() as pool, app.app_context(), suppress(StorageError):
+        Credential.revoke("0" * 32)
+    assert {answer.result().body["data"]["provider"] for answer in answers} == {"openai"}
+
+
+def test_two_processes_do_not_save_the_same_wal_at_once(
+    start_server: StartServer,
+    app: Flask,
+    credential: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = start_server()
+    server.put(CONFIG, credential)
+    assert stored(app)
+    remove_files(tmp_path)
+    answers = []
+    save = DatabaseFile._save_wal
+
+    def write_and_save(file: DatabaseFile) -> None:
+        answers.append(meanwhile(pool, partial(server.put, OTHER, credential)))
+        save(file)
+
+    monkeypatch.setattr(DatabaseFile, "_save_wal", write_and_save)
+    with ThreadPoolExecutor() as pool:
+        close_database(app)
+        assert [answer.result().status for answer in answers] == [200]
+    server.stop(signal.SIGKILL)
+    assert start_server().get(credential).body["data"]["provider"] == "other"
+
+
+def test_command_beside_a_service_that_stops_is_not_refused(
+    server: Server, app: Flask, credential: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.put(CONFIG, credential)
+    require_wal = DatabaseFile._require_wal
+
+    def require_and_stop(file: DatabaseFile) -> list[int]:
+        inodes = require_wal(file)
+        wait([pool.submit(server.stop)], timeout=0.5)
+        return inodes
+
+    monkeypatch.setattr(DatabaseFile, "_require_wal", require_and_stop)
+    with ThreadPoolExecutor() as pool, app.app_context():
+        assert Credential.revoke(credential[:32])
+
+
+def test_wal_removed_between_two_openings_loses_no_later_write(
+    start_server: StartServer,
+    app: Flask,
+    credential: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     open_file = DatabaseFile._open
 
-    def open_and_lose_files(file: DatabaseFile, mode: str) -> sqlite3.Connection:
+    def open_and_lose_wal(file: DatabaseFile, mode: str) -> sqlite3.Connection:
         connection = open_file(file, mode)
-        if mode == "ro":
-            remove_files(tmp_path)
+        if mode == "rw":
+            remove_files(tmp_path, "-wal")
         return connection
 
     close_database(app)
     with monkeypatch.context() as patch, app.app_context():
-        patch.setattr(DatabaseFile, "_open", open_and_lose_files)
+        patch.setattr(DatabaseFile, "_open", open_and_lose_wal)
+        with pytest.raises(StorageError, match="its files were replaced"):
+            ProviderConfig.put("openai", "key", "author")
+    with app.app_context():
+        ProviderConfig.put("other", "key", "author")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for suffix in ("", "-wal"):
+        shutil.copy(tmp_path / f"ai-provider.db{suffix}", copy)
+    shown = start_server(DATABASE_URL=f"sqlite:///{copy}/ai-provider.db").get(credential)
+    assert shown.body["data"]["provider"] == "other"
+
+
+def test_removal_after_the_opening_is_noticed(
+    app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = DatabaseFile._state
+
+    def lose_files_and_look(file: DatabaseFile) -> list[int]:
+        for path in tmp_path.glob("*.db-*"):
+            path.unlink()
+        return look(file)
+
+    close_database(app)
+    with monkeypatch.context() as patch, app.app_context():
+        patch.setattr(DatabaseFile, "_state", lose_files_and_look)
         with pytest.raises(StorageError, match="its files were replaced"):
             ProviderConfig.put("openai", "key", "author")
     with app.app_context():

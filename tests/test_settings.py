@@ -44,9 +44,7 @@ DATABASE_URLS = {
     "oracle://u:SECRET@h/d": BAD_DATABASE_URL,
     "postgresql://user:p@SECRET@127.0.0.1:1/db": BAD_DATABASE_URL,
     "postgresql://user:p@SECRET/x@127.0.0.1:1/db": BAD_DATABASE_URL,
-    "sqlite:////nowhere/x.db": (
-        f"Database error: /nowhere/x.db is missing or not an SQLite database. {REMEDY}"
-    ),
+    "sqlite:////nowhere/x.db": (f"Database error: /nowhere/x.db is missing or empty. {REMEDY}"),
     "postgresql://user:SECRET@127.0.0.1:1/db": (
         'Database error: connection failed: connection to server at "127.0.0.1", port 1'
         f" failed: Connection refused. {REMEDY}"
@@ -211,7 +209,7 @@ def test_folder_that_cannot_be_created_is_one_clear_line(
     app = create_app()
     with (
         app.app_context(),
-        pytest.raises(StorageError, match=f"^{instance}/ai-provider.db: No such file or"),
+        pytest.raises(StorageError, match=f"^{tmp_path}/missing/folder/.*: No such file or"),
     ):
         create_all()
 
@@ -356,15 +354,18 @@ def test_folder_of_a_link_to_the_database_need_not_be_writable() -> None:
         links = Path(folder, "links")
         links.mkdir()
         database, link = Path(folder, "ai-provider.db"), links / "link.db"
-        database.touch()
-        database.chmod(0o666)
         link.symlink_to(database)
-        links.chmod(0o555)
         keys = f"{folder}/encryption.key"
         app = create_app({"DATABASE_URL": f"sqlite:///{link}", "ENCRYPTION_KEY_FILE": keys})
+        with app.app_context():
+            create_all()
+        close_database(app)
+        for file in Path(folder).glob("*.*"):
+            file.chmod(0o666)
+        links.chmod(0o555)
         with without_privileges(), app.app_context():
             create_all()
-            app.extensions["database_file"].close()
+            close_database(app)
         links.chmod(0o755)
 
 

@@ -1,3 +1,5 @@
+import errno
+import os
 import re
 import sqlite3
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from conftest import (
     REMEDY,
     UNREADABLE,
     URL,
+    StartApp,
     StartServer,
     close_database,
     create_credential,
@@ -244,6 +247,18 @@ def test_unreadable_key_is_an_error_in_the_log_of_the_start(
     assert server.request("GET", "/health").status == 503
     error = re.escape(f" ERROR {key_file}: ") + ".*" + re.escape(str(UNREADABLE["message"]))
     assert re.search(error, server.stop())
+
+
+def test_creation_that_fails_leaves_nothing(
+    start_app: StartApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(_source: object, _target: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", fail)
+    with pytest.raises(StorageError, match="No space left on device"):
+        start_app()
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_created_files_are_logged_once(start_server: StartServer, key_file: Path) -> None:
