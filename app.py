@@ -230,6 +230,7 @@ def create_servers(app: Flask, sockets: dict[Any, Any]) -> list[schemas.Server]:
             cleanup_interval=5,
             ident="",
         )
+        limits.database_file = app.extensions.get("database_file")
         return [schemas.Server(app, sockets, adj=limits, sockinfo=each) for each in limits.listen]
     except (OSError, ValueError) as error:
         raise click.ClickException(f"LISTEN={listen} must be free and local: {error}") from error

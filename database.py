@@ -158,6 +158,12 @@ class DatabaseFile:
             raise sqlite3.OperationalError("its files were replaced")
         self._opened = present  # a commit may write to the database itself
 
+    def save(self) -> None:
+        """Write into the database what only the -wal has, if nothing is in the way."""
+        with suppress(StorageError, sqlite3.Error, OSError):  # a request tells of them
+            self.connect().execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self.confirm()
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Keep others from opening or closing: they would remove what this process makes."""
@@ -176,9 +182,7 @@ class DatabaseFile:
             # The bytes that all who have it open lock.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)
             return []
-        raise StorageError(
-            f"{self.path} is in use without -wal or -shm. Call the service's /health."
-        )
+        raise StorageError(f"{self.path} is in use without -wal or -shm. Try again in 5 seconds.")
 
     def close(self) -> bool:
         """Close, alone, after saving what only a removed -wal has; return whether all is saved."""
@@ -186,7 +190,10 @@ class DatabaseFile:
             return False
         present = self._state()
         is_ours = present[:2] == self._opened[:2]
-        if present != self._opened:
+        if present == self._opened:
+            # As the last to close does, which this process may not be.
+            self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        else:
             if is_ours:
                 self._save_wal()
             # The last to close writes the -wal into the database, unless it only reads.

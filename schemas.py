@@ -181,6 +181,13 @@ class Server(TcpWSGIServer):
     """A server that runs the application in the thread of its loop; a second would contend."""
 
     channel_class = Channel
+    adj: Any  # has the database file, too
+
+    def maintenance(self, now: int) -> None:
+        """Close idle connections, and save the -wal, which an operator may take for waste."""
+        super().maintenance(now)
+        if self.adj.database_file:
+            self.adj.database_file.save()
 
     def readable(self) -> bool:
         """Answer one request of each connection before the loop looks for more."""

@@ -6,9 +6,9 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -24,12 +24,14 @@ from conftest import (
     StartServer,
     close_database,
     flask,
+    on_both,
     rounds,
     stored,
 )
 from flask import Flask
 from processes import run, serve
 
+from app import create_servers
 from database import DatabaseFile, StorageError, execute, transaction
 from models import Credential, ProviderConfig, create_all
 
@@ -116,6 +118,14 @@ def test_wal_without_its_database_is_not_lost(
     assert start_server().get(credential).body == before
 
 
+@contextmanager
+def paused(server: Server) -> Iterator[None]:
+    """Keep the server from noticing by itself."""
+    server.process.send_signal(signal.SIGSTOP)
+    yield
+    server.process.send_signal(signal.SIGCONT)
+
+
 @pytest.mark.parametrize(
     ("suffixes", "command"),
     [
@@ -133,12 +143,13 @@ def test_command_is_refused_while_the_service_writes_to_a_removed_file(
     server.put(CONFIG, credential)
     before = server.get(credential).body
     database = tmp_path / "ai-provider.db"
-    for suffix in suffixes:
-        database.with_name(f"ai-provider.db{suffix}").unlink()
     arguments = [*command.split(), credential][: 3 if "revoke" in command else 2]
     cause = f"{database} is in use without -wal or -shm."
-    refusal = f"Error: {cause} Call the service's /health.\n"
-    assert flask(*arguments) == (1, "", refusal)
+    refusal = f"Error: {cause} Try again in 5 seconds.\n"
+    with paused(server):
+        for suffix in suffixes:
+            database.with_name(f"ai-provider.db{suffix}").unlink()
+        assert flask(*arguments) == (1, "", refusal)
     assert server.request("GET", "/health").status == 200
     assert server.get(credential).body == before
     assert flask(*arguments)[0] == 0
@@ -172,7 +183,8 @@ def test_command_is_refused_if_files_are_removed_while_it_opens_them(
 ) -> None:
     server.put(CONFIG, credential)
     lose_files_before_the_opening(monkeypatch, *suffixes)
-    with app.app_context(), pytest.raises(StorageError, match="in use without -wal or -shm"):
+    refusal = pytest.raises(StorageError, match="in use without -wal or -shm")
+    with paused(server), app.app_context(), refusal:
         command()
     assert server.get(credential).body["data"]["provider"] == "openai"
 
@@ -183,7 +195,8 @@ def test_refused_command_leaves_the_wal_of_the_service(
     server = start_server()
     server.put(CONFIG, credential)
     lose_files_before_the_opening(monkeypatch, "-shm")
-    with app.app_context(), pytest.raises(StorageError, match="in use without -wal or -shm"):
+    refusal = pytest.raises(StorageError, match="in use without -wal or -shm")
+    with paused(server), app.app_context(), refusal:
         Credential.revoke(credential[:32])
     server.stop(signal.SIGKILL)
     assert start_server().get(credential).body["data"]["provider"] == "openai"
@@ -316,8 +329,9 @@ def test_files_removed_twice_lose_no_write_of_another_process(
         server.put(CONFIG, credential)
     remove_files(tmp_path)
     assert servers[1].put(OTHER, credential).status == 200
-    remove_files(tmp_path)
-    assert servers[0].get(credential).body == INTERNAL_ERROR
+    with paused(servers[1]):
+        remove_files(tmp_path)
+        assert servers[0].get(credential).body == INTERNAL_ERROR
     for server in reversed(servers):
         assert server.get(credential).body["data"]["provider"] == "other"
 
@@ -402,6 +416,45 @@ def test_copy_of_the_wal_is_noticed_in_a_folder_that_keeps_its_time(
     (tmp_path / "copy").replace(tmp_path / "ai-provider.db-wal")
     os.utime(tmp_path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert app.extensions["database_file"].connect() is not connection
+
+
+def test_change_is_soon_in_the_database_itself(app: Flask, tmp_path: Path) -> None:
+    with app.app_context():
+        ProviderConfig.put("openai", "key", "author")
+    [server] = create_servers(app, {})
+    with closing(server):
+        server.maintenance(0)
+    assert b"openai" in (tmp_path / "ai-provider.db").read_bytes()
+
+
+def test_stop_writes_changes_into_a_database_that_another_process_has_open(
+    server: Server, app: Flask, credential: str, tmp_path: Path
+) -> None:
+    assert stored(app) is None
+    server.put(CONFIG, credential)
+    server.stop()
+    assert b"openai" in (tmp_path / "ai-provider.db").read_bytes()
+
+
+@on_both
+def test_removed_files_are_soon_there_again(app: Flask, tmp_path: Path) -> None:
+    with app.app_context():
+        ProviderConfig.put("openai", "key", "author")
+    for path in tmp_path.glob("*.db-*"):
+        path.unlink()
+    [server] = create_servers(app, {})
+    with closing(server):
+        server.maintenance(0)
+    assert flask("provider", "show")[0] == 0
+
+
+def test_maintenance_does_not_end_a_service_without_its_database(
+    app: Flask, tmp_path: Path
+) -> None:
+    (tmp_path / "ai-provider.db").unlink()
+    [server] = create_servers(app, {})
+    with closing(server):
+        server.maintenance(0)
 
 
 def test_own_checkpoint_reopens_nothing(app: Flask) -> None:
