@@ -75,15 +75,17 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     other: dict[str, str | None] = {}
     if "FLASK_RUN_FROM_CLI" in os.environ:
         for name in (".flaskenv", ".env"):
-            other |= dotenv_values(find_dotenv(name, usecwd=True) or os.devnull)
+            other |= dotenv_values(find_dotenv(name, usecwd=True))
     environment = dict(os.environ.items() - other.items())
-    with suppress(FileNotFoundError), Path(root, ".env").open(encoding="utf-8") as file:
+    path = root / ".env"
+    with suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
         for line in parse_stream(file):
             if line.error or (line.key and (line.value is None or not line.key.isidentifier())):
-                raise ValidationError({f".env, line {line.original.line}": ["Must be NAME=value."]})
-    settings = dotenv_values(root / ".env")
-    if unknown := settings.keys() - SettingsSchema().fields:
-        raise ValidationError({name: ["Not in .env.example, but in .env."] for name in unknown})
+                place = f"{path}, line {line.original.line}"
+                raise ValidationError({place: ["Must be NAME=value."]})
+    settings = dotenv_values(path)
+    if unknown := sorted(settings.keys() - SettingsSchema().fields):
+        raise ValidationError({f"{path}": [f"{name} is no setting." for name in unknown]})
     return settings | environment
 
 
