@@ -39,6 +39,9 @@ BEGIN = {
     "sqlite": ["PRAGMA busy_timeout = {}", "BEGIN IMMEDIATE"],
     "postgresql": ["BEGIN; SET LOCAL lock_timeout = {}; LOCK provider_config IN EXCLUSIVE MODE"],
 }
+# Without another write meanwhile, for which it waits a little: who made that would take the new
+# time of the database for that of a file copied over it.
+CHECKPOINT = "PRAGMA busy_timeout = 100; PRAGMA wal_checkpoint(FULL)"
 lock = RLock()  # the development server has several threads
 
 
@@ -161,7 +164,8 @@ class DatabaseFile:
     def save(self) -> None:
         """Write into the database what only the -wal has, if nothing is in the way."""
         with suppress(StorageError, sqlite3.Error, OSError):  # a request tells of them
-            self.connect().execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self.connect().executescript(CHECKPOINT)
+            self._opened[0] = self.path.stat().st_mtime_ns
             self.confirm()
 
     @contextmanager
@@ -192,7 +196,7 @@ class DatabaseFile:
         is_ours = present[:2] == self._opened[:2]
         if present == self._opened:
             # As the last to close does, which this process may not be.
-            self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self.connection.executescript(CHECKPOINT)
         else:
             if is_ours:
                 self._save_wal()

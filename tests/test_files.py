@@ -427,6 +427,31 @@ def test_change_is_soon_in_the_database_itself(app: Flask, tmp_path: Path) -> No
     assert b"openai" in (tmp_path / "ai-provider.db").read_bytes()
 
 
+def test_files_removed_while_changes_are_written_are_saved_later(
+    server: Server,
+    app: Flask,
+    credential: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    confirm = DatabaseFile.confirm
+
+    def write_and_lose_files(file: DatabaseFile) -> None:
+        assert server.put(OTHER, credential).status == 200
+        server.stop(signal.SIGKILL)
+        remove_files(tmp_path)
+        confirm(file)
+
+    server.put(CONFIG, credential)
+    with monkeypatch.context() as patch:
+        patch.setattr(DatabaseFile, "confirm", write_and_lose_files)
+        app.extensions["database_file"].save()
+    with app.app_context():
+        config = ProviderConfig.get()
+    assert config
+    assert config.provider == "other"
+
+
 def test_stop_writes_changes_into_a_database_that_another_process_has_open(
     server: Server, app: Flask, credential: str, tmp_path: Path
 ) -> None:
