@@ -55,6 +55,7 @@ def engine_settings(database_url: str, folder: Path) -> dict[str, Any]:
             session = f"{url.query.get('options', '')} -c lock_timeout=2s -c synchronous_commit=on"
             limits = {"connect_timeout": "2", "tcp_user_timeout": "4000", "options": session}
             url = url.set(drivername="postgresql+psycopg").update_query_dict(limits)
+            url = url.update_query_dict({"client_encoding": "utf8"})  # whatever the database has
             return {"SQLALCHEMY_DATABASE_URI": url}
         no_file = url.host or url.query or url.database in {None, "", ":memory:"}
         if url.drivername == "sqlite" and not no_file:

@@ -273,6 +273,22 @@ def test_created_files_are_logged_once(start_server: StartServer, key_file: Path
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_postgresql_of_any_encoding_is_served(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, start_app: StartApp
+) -> None:
+    name = f"ascii{os.getpid()}"
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        encoding = "ENCODING SQL_ASCII LOCALE 'C' TEMPLATE template0"
+        connection.execute(sa.text(f"CREATE DATABASE {name} {encoding}").text)
+    url = sa.make_url(database_url).set(database=name)
+    monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
+    app = start_app()
+    with app.app_context():
+        Credential.issue("für")
+        assert [credential.name for credential in Credential.all()] == ["für"]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_postgresql_acknowledges_only_what_is_on_disk(app: Flask, database_url: str) -> None:
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("ALTER ROLE ALL SET synchronous_commit = off")
