@@ -244,7 +244,7 @@ def _stop_on_signals(sockets: dict[Any, Any]) -> None:
     os.set_blocking(pipe.trigger, False)
     signal.set_wakeup_fd(pipe.trigger)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: signal.alarm(5))
+        signal.signal(number, lambda *_: signal.alarm(signal.alarm(0) or 5))
 
 
 @click.command(epilog=schemas.SETTINGS_HELP)

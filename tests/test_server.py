@@ -10,6 +10,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from processes import (
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
 
-from app import VERSION, _JournalFormatter, create_servers
+from app import VERSION, _JournalFormatter, _stop_on_signals, create_servers
 
 SUCCESS = {"status": "success", "data": True}
 
@@ -110,6 +111,18 @@ def test_new_interpreter_ends_without_an_error(start_server: StartServer, number
     server.request("GET", "/health")  # it is at work from here on
     assert "Traceback" not in server.stop(number)
     assert server.process.poll() == 0
+
+
+def print_time_that_is_left() -> None:
+    _stop_on_signals({})
+    signal.raise_signal(signal.SIGTERM)
+    signal.setitimer(signal.ITIMER_REAL, 2)  # 3 seconds later
+    signal.raise_signal(signal.SIGTERM)
+    sys.stdout.write(str(signal.alarm(0)))
+
+
+def test_second_signal_does_not_put_off_the_end() -> None:
+    assert run(print_time_that_is_left) == (0, "2", "")
 
 
 def catches_interrupt(pid: int) -> bool:
