@@ -214,7 +214,7 @@ def backup_command(file: Path) -> None:
 
 
 @click.command("restore")
-@click.argument("file", type=click.Path(path_type=Path, exists=True, allow_dash=True))
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
 @with_appcontext
 def restore_command(file: Path) -> None:
     """Put the database of FILE or, for -, of standard input in the place of the present one."""

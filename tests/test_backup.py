@@ -161,6 +161,18 @@ def test_damaged_backup_changes_nothing(
     assert stored(app) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("none", "No such file or directory"), ("", "Is a directory")],
+    ids=["missing", "folder"],
+)
+def test_backup_that_cannot_be_read_is_one_clear_line(
+    runner: FlaskCliRunner, tmp_path: Path, name: str, fault: str
+) -> None:
+    result = runner.invoke(args=["restore", str(tmp_path / name)])
+    assert (result.exit_code, result.stderr) == (1, f"Error: {tmp_path / name}: {fault}.\n")
+
+
 @pytest.mark.parametrize("command", ["backup", "restore"])
 def test_database_is_not_its_own_backup(
     app: Flask, runner: FlaskCliRunner, tmp_path: Path, command: str
