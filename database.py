@@ -99,7 +99,7 @@ def storage_errors() -> Iterator[None]:
         raise StorageError(
             f"Database error: {cause}. Check that the database of DATABASE_URL is there (if"
             " nothing is left of it, a start of the service creates one), intact, writable, not"
-            " locked, and has disk space."
+            " locked, and that no disk is full."
         ) from error
 
 

@@ -35,7 +35,7 @@ OTHER = {"provider": "other", "api_key": "other key"}
 OTHER_ENCRYPTION_KEY = b"A" * 43 + b"=\n"
 REMEDY = (
     "Check that the database of DATABASE_URL is there (if nothing is left of it, a start of the"
-    " service creates one), intact, writable, not locked, and has disk space."
+    " service creates one), intact, writable, not locked, and that no disk is full."
 )
 
 # Few and always the same examples; `--hypothesis-profile=long` tries many others.
