@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import sqlite3
 import threading
@@ -114,11 +115,23 @@ def test_backup_replaces_an_older_one_or_an_empty_file(
     assert [*tmp_path.glob("tmp*")] == []
 
 
-def test_backup_that_fails_leaves_the_older_one(runner: FlaskCliRunner, tmp_path: Path) -> None:
-    backup = tmp_path / "folder" / "backup"
+def test_backup_that_fails_leaves_the_older_one(
+    runner: FlaskCliRunner, backup: Path, tmp_path: Path
+) -> None:
+    older = backup.read_bytes()
+    (tmp_path / "ai-provider.db").write_bytes(b"garbage" * 2000)
     result = runner.invoke(args=["backup", str(backup)])
+    assert (result.exit_code, backup.read_bytes()) == (1, older)
+    assert [*tmp_path.glob("tmp*")] == []
+
+
+def test_backup_into_a_missing_folder_is_one_clear_line(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path
+) -> None:
+    put(app, "first")
+    result = runner.invoke(args=["backup", str(tmp_path / "folder" / "backup")])
     assert result.exit_code == 1
-    assert "No such file or directory" in result.stderr
+    assert re.fullmatch(f"Error: {tmp_path}/folder/.*: No such file or directory.\n", result.stderr)
 
 
 def garbled(path: Path) -> None:

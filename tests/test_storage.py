@@ -190,6 +190,31 @@ def test_safety_of_commits_does_not_depend_on_how_sqlite_was_built(
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
+def test_threads_of_the_development_server_take_turns(
+    app: Flask, auth_headers: dict[str, str]
+) -> None:
+    def put(_number: int) -> int:
+        return app.test_client().put(URL, json=CONFIG, headers=auth_headers).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        assert {*pool.map(put, range(100))} == {200}
+
+
+@on_both
+def test_database_of_a_later_version_is_read_and_written(
+    app: Flask, client: FlaskClient, auth_headers: dict[str, str]
+) -> None:
+    client.put(URL, json=CONFIG, headers=auth_headers)
+    with app.app_context(), db.engine.begin() as connection:
+        for table in ("credential", "provider_config"):
+            column = "later TEXT NOT NULL DEFAULT 'x'"
+            connection.execute(sa.text(f"ALTER TABLE {table} ADD COLUMN {column}"))
+    for method in (client.get, client.delete):
+        assert method(URL, headers=auth_headers).status_code == 200
+    assert client.put(URL, json=CONFIG, headers=auth_headers).status_code == 200
+    assert flask("credentials", "create")[0] == 0
+
+
 def drop_tables(app: Flask) -> None:
     with app.app_context():
         db.drop_all()
