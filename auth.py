@@ -17,8 +17,8 @@ CHALLENGES = [WWWAuthenticate(scheme, {"realm": "AI provider"}) for scheme in ("
 credentials = AppGroup("credentials", help="Manage the credentials of the API's clients.")
 
 
-def parse_authorization(header: str) -> tuple[str, str] | None:
-    """Return API key and secret of a Basic or token header, None if malformed."""
+def parse_authorization(header: str) -> re.Match[str] | None:
+    """Match API key and secret in a Basic or token header; return None if malformed."""
     # Werkzeug 3.1.9's own parser raises ValueError on "Basic \x80".
     scheme, _, value = header.partition(" ")
     value = value.lstrip(" ")  # RFC 9110, section 11.4: 1*SP
@@ -29,8 +29,7 @@ def parse_authorization(header: str) -> tuple[str, str] | None:
             return None
     elif scheme.lower() != "token":
         return None
-    match = CREDENTIAL.fullmatch(value)
-    return (match[1], match[2]) if match else None
+    return CREDENTIAL.fullmatch(value)
 
 
 def authenticate() -> None:
@@ -38,8 +37,8 @@ def authenticate() -> None:
     if request.method == "OPTIONS":
         return
     credential = parse_authorization(request.headers.get("Authorization", ""))
-    g.api_key = credential[0] if credential else "-"
-    if credential is None or not Credential.verify(*credential):
+    g.api_key = credential[1] if credential else "-"
+    if credential is None or not Credential.verify(*credential.groups()):
         abort(401, www_authenticate=CHALLENGES)
 
 
