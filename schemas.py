@@ -81,8 +81,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     with suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
         for line in parse_stream(file):
             if line.error or (line.key and (line.value is None or not line.key.isidentifier())):
-                place = f"{path}, line {line.original.line}"
-                raise ValidationError({place: ["Must be NAME=value."]})
+                raise ValidationError({f"{path}:{line.original.line}": ["Must be NAME=value."]})
     settings = dotenv_values(path)
     if unknown := sorted(settings.keys() - SettingsSchema().fields):
         raise ValidationError({f"{path}": [f"{name} is no setting." for name in unknown]})

@@ -283,10 +283,10 @@ def test_misspelt_setting_in_the_file_is_refused(file_of_settings: Path) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"LOG_LEVEL=INFO\nLISTEN: 127.0.0.1:8081\n", "{folder}/.env, line 2: Must be NAME=value."),
-        (b'LISTEN="127.0.0.1:8081\n', "{folder}/.env, line 1: Must be NAME=value."),
-        (b"LISTEN\n", "{folder}/.env, line 1: Must be NAME=value."),
-        (b"postgresql://user:SECRET@host/db?a=b\n", "{folder}/.env, line 1: Must be NAME=value."),
+        (b"LOG_LEVEL=INFO\nLISTEN: 127.0.0.1:8081\n", "{folder}/.env:2: Must be NAME=value."),
+        (b'LISTEN="127.0.0.1:8081\n', "{folder}/.env:1: Must be NAME=value."),
+        (b"LISTEN\n", "{folder}/.env:1: Must be NAME=value."),
+        (b"postgresql://user:SECRET@host/db?a=b\n", "{folder}/.env:1: Must be NAME=value."),
         (b"# f\xfcr\n", "{folder}/.env: Must be UTF-8."),
     ],
     ids=["colon", "quote", "no value", "no name", "latin-1"],
