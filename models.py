@@ -16,7 +16,6 @@ import sqlalchemy as sa
 from flask import current_app
 from flask.cli import with_appcontext
 from sqlalchemy.orm import Mapped, mapped_column
-from sqlalchemy.schema import CreateTable
 
 import database
 from database import Base, StorageError, db, execute, report, storage_errors, transaction
@@ -184,7 +183,7 @@ def _create_sqlite_file(path: Path) -> None:
         new.chmod(0o600)  # SQLite gives the files beside it the same mode
         with closing(sqlite3.connect(new)) as connection:
             for table in Base.metadata.sorted_tables:
-                connection.execute(str(CreateTable(table)))
+                connection.execute(str(sa.schema.CreateTable(table)))
             connection.execute("PRAGMA journal_mode = WAL")
         with suppress(FileExistsError):
             os.link(new, real_path)
