@@ -120,7 +120,7 @@ def test_wal_without_its_database_is_not_lost(
 
 @contextmanager
 def paused(server: Server) -> Iterator[None]:
-    """Keep the server from noticing by itself."""
+    """Keep the server from acting by itself, every five seconds."""
     server.process.send_signal(signal.SIGSTOP)
     yield
     server.process.send_signal(signal.SIGCONT)
@@ -327,8 +327,10 @@ def test_files_removed_twice_lose_no_write_of_another_process(
     servers = [start_server(), start_server()]
     for server in servers:
         server.put(CONFIG, credential)
-    remove_files(tmp_path)
-    assert servers[1].put(OTHER, credential).status == 200
+    with paused(servers[0]):
+        servers[1].get(credential)
+        remove_files(tmp_path)
+        assert servers[1].put(OTHER, credential).status == 200
     with paused(servers[1]):
         remove_files(tmp_path)
         assert servers[0].get(credential).body == INTERNAL_ERROR
@@ -602,8 +604,11 @@ def test_removed_wal_is_saved_while_another_process_has_it_open(
     servers = [start_server(), start_server()]
     for server in servers:
         server.put(CONFIG, credential)
-    (tmp_path / "ai-provider.db-wal").unlink()
-    assert [server.get(credential).status for server in servers] == [200, 200]
+    with paused(servers[1]):
+        servers[0].get(credential)
+        (tmp_path / "ai-provider.db-wal").unlink()
+        assert servers[0].get(credential).status == 200
+    assert servers[1].get(credential).status == 200
     for number, server in enumerate(servers * 3):
         body = {"provider": f"p{number}", "api_key": "k"}
         assert server.put(body, credential).status == 200
@@ -619,8 +624,10 @@ def test_removed_shm_loses_no_write_of_another_process(
     servers = [start_server(), start_server()]
     for server in servers:
         server.put(CONFIG, credential)
-    (tmp_path / "ai-provider.db-shm").unlink()
-    assert servers[0].put(OTHER, credential).status == 200
+    with paused(servers[1]):
+        servers[0].get(credential)
+        (tmp_path / "ai-provider.db-shm").unlink()
+        assert servers[0].put(OTHER, credential).status == 200
     servers[0].stop(signal.SIGKILL)
     assert servers[1].get(credential).body["data"]["provider"] == "other"
 
