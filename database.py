@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import click
@@ -39,9 +39,9 @@ BEGIN = {
     "sqlite": ["PRAGMA busy_timeout = {}", "BEGIN IMMEDIATE"],
     "postgresql": ["BEGIN; SET LOCAL lock_timeout = {}; LOCK provider_config IN EXCLUSIVE MODE"],
 }
-# Without another write meanwhile, for which it waits a little: who made that would take the new
-# time of the database for that of a file copied over it.
-CHECKPOINT = "PRAGMA busy_timeout = 100; PRAGMA wal_checkpoint(FULL)"
+# Writers wait: to one that committed meanwhile, the time of the database would seem to be that of a
+# file copied over it. An emptied -wal cannot change such a file.
+CHECKPOINT = "PRAGMA busy_timeout = 100; PRAGMA wal_checkpoint(TRUNCATE)"
 lock = RLock()  # the development server has several threads
 
 
@@ -82,7 +82,7 @@ def init_app(app: Flask) -> None:
 
             @context.call_on_close
             def _close_file() -> None:
-                with app.app_context(), storage_errors(), database_file.alone():
+                with app.app_context(), storage_errors():
                     database_file.close()
 
 
@@ -98,7 +98,7 @@ def storage_errors() -> Iterator[None]:
         cause = str(getattr(error, "orig", error)).partition("\n")[0].rstrip(".")
         raise StorageError(
             f"Database error: {cause}. Check that the database of DATABASE_URL is there (if"
-            " nothing is left of it, a start of the service creates one), intact, writable, not"
+            " nothing has its name, a start of the service creates one), intact, writable, not"
             " locked, and that no disk is full."
         ) from error
 
@@ -135,9 +135,9 @@ class DatabaseFile:
         if not self.path.is_file() or not self.path.stat().st_size:
             raise sqlite3.OperationalError(f"{self.path} is missing or empty")
         with self.alone():
-            is_saved = self.close()
-            # Beside what a link leads to.
-            self._wal, self._shm = (Path(f"{self.path.resolve()}{end}") for end in ("-wal", "-shm"))
+            is_saved = self._close()
+            real_path = os.path.realpath(self.path)  # beside which SQLite has the other files
+            self._wal, self._shm = Path(f"{real_path}-wal"), Path(f"{real_path}-shm")
             beside = [] if is_saved else self._require_wal()
             try:
                 self.connection: sqlite3.Connection = self._open("rw")
@@ -152,7 +152,7 @@ class DatabaseFile:
                 for path, inode in zip((self._wal, self._shm), beside, strict=False):
                     if path.exists() and path.lstat().st_ino != inode:
                         path.unlink()
-            self.close()
+            self._close()
         return self.connect()
 
     def confirm(self) -> None:
@@ -172,9 +172,15 @@ class DatabaseFile:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Keep others from opening or closing: they would remove what this process makes."""
-        folder = os.open(next(filter(Path.is_dir, self.path.resolve().parents)), os.O_RDONLY)
+        folder = os.open(Path(os.path.realpath(self.path)).parent, os.O_RDONLY)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            for _ in range(20):
+                with suppress(BlockingIOError):
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                sleep(0.05)
+            else:
+                raise StorageError(f"Another program locks the folder of {self.path}.")
             yield
         finally:
             os.close(folder)
@@ -189,15 +195,22 @@ class DatabaseFile:
             return []
         raise StorageError(f"{self.path} is in use without -wal or -shm. Try again in 5 seconds.")
 
-    def close(self) -> bool:
-        """Close, alone, after saving what only a removed -wal has; return whether all is saved."""
+    def close(self) -> None:
+        """Close, after saving what only the -wal has."""
+        if self._opened:
+            with self.alone():
+                self._close()
+
+    def _close(self) -> bool:
+        # Return whether what was open is saved.
         if not self._opened:
             return False
         present = self._state()
         is_ours = present[:2] == self._opened[:2]
         if present == self._opened:
             # As the last to close does, which this process may not be.
-            self.connection.executescript(CHECKPOINT)
+            with suppress(sqlite3.Error):
+                self.connection.executescript(CHECKPOINT)
         else:
             if is_ours:
                 self._save_wal()
@@ -210,6 +223,7 @@ class DatabaseFile:
 
     def _save_wal(self) -> None:
         try:
+            self.connection.execute("PRAGMA busy_timeout = 100")
             [(busy, pages, saved)] = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             self._opened[0] = self.path.stat().st_mtime_ns
@@ -222,7 +236,7 @@ class DatabaseFile:
     def _open(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"
         options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
-        connection: sqlite3.Connection = sqlite3.connect(uri, uri=True, timeout=1, **options)
+        connection: sqlite3.Connection = sqlite3.connect(uri, uri=True, timeout=0.1, **options)
         # On disk before the answer. Both open all three files; the second makes those of a copy
         # that another program has left in another mode.
         connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")

@@ -9,7 +9,7 @@ from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from secrets import compare_digest, token_hex
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import click
 import sqlalchemy as sa
@@ -158,7 +158,7 @@ def create_all() -> None:
     with storage_errors():
         # One process at a time: create_all looks first, and creates then.
         if "database_file" in current_app.extensions:
-            _create_sqlite_file(current_app.extensions["database_file"].path)
+            _create_sqlite_file(current_app.extensions["database_file"])
         else:
             engine = db.engine.execution_options(isolation_level="READ COMMITTED")
             with engine.begin() as connection:
@@ -170,24 +170,26 @@ def create_all() -> None:
                 key_file.create()
 
 
-def _create_sqlite_file(path: Path) -> None:
-    real_path = path.resolve()
-    wal = Path(f"{real_path}-wal")
+def _create_sqlite_file(database_file: database.DatabaseFile) -> None:
+    path = database_file.path
+    real_path = os.path.realpath(path)
+    wal, new = Path(f"{real_path}-wal"), Path(f"{real_path}.new")
     if wal.exists() and not path.exists():
         raise StorageError(f"{path} is gone. Put it back, or move {wal} away, too.")
-    with TemporaryDirectory(dir=wal.parent) as folder:  # or raise PermissionError
+    TemporaryFile(dir=wal.parent).close()  # or raise PermissionError
+    with database_file.alone():
         if path.exists():
             return
-        new = Path(folder, "new")
+        new.unlink(missing_ok=True)  # of a start that was killed
         new.touch()
         new.chmod(0o600)  # SQLite gives the files beside it the same mode
         with closing(sqlite3.connect(new)) as connection:
             for table in Base.metadata.sorted_tables:
                 connection.execute(str(sa.schema.CreateTable(table)))
             connection.execute("PRAGMA journal_mode = WAL")
-        with suppress(FileExistsError):
-            os.link(new, real_path)
-            current_app.logger.warning("Created database %s.", path)
+        os.link(new, real_path)  # replaces nothing
+        new.unlink()
+        current_app.logger.warning("Created database %s.", path)
 
 
 @click.command("backup")

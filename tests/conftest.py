@@ -34,7 +34,7 @@ CONFIG = {"provider": "openai", "api_key": API_KEY}
 OTHER = {"provider": "other", "api_key": "other key"}
 OTHER_ENCRYPTION_KEY = b"A" * 43 + b"=\n"
 REMEDY = (
-    "Check that the database of DATABASE_URL is there (if nothing is left of it, a start of the"
+    "Check that the database of DATABASE_URL is there (if nothing has its name, a start of the"
     " service creates one), intact, writable, not locked, and that no disk is full."
 )
 
@@ -292,8 +292,7 @@ def issue_credential(app: Flask) -> str:
 
 def close_database(app: Flask) -> None:
     if database_file := app.extensions.get("database_file"):
-        with database_file.alone():
-            database_file.close()
+        database_file.close()
     with app.app_context():
         db.engine.dispose()
 

@@ -1,5 +1,6 @@
 """What is acknowledged is in the files that a restart finds, whoever touches them meanwhile."""
 
+import fcntl
 import os
 import random
 import shutil
@@ -452,6 +453,46 @@ def test_files_removed_while_changes_are_written_are_saved_later(
         config = ProviderConfig.get()
     assert config
     assert config.provider == "other"
+
+
+def test_file_copied_over_a_database_at_rest_is_not_undone(app: Flask, tmp_path: Path) -> None:
+    database, backup = tmp_path / "ai-provider.db", tmp_path / "backup"
+    with app.app_context():
+        ProviderConfig.put("openai", "key", "author")
+    assert flask("backup", str(backup))[0] == 0
+    with app.app_context():
+        ProviderConfig.put("other", "key", "author")
+    [server] = create_servers(app, {})
+    with closing(server):
+        server.maintenance(0)
+    database.write_bytes(backup.read_bytes())
+    with app.app_context():
+        config = ProviderConfig.get()
+    assert config
+    assert config.provider == "openai"
+
+
+def test_lock_of_another_program_is_an_error_after_a_bounded_wait(
+    app: Flask, tmp_path: Path
+) -> None:
+    close_database(app)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with app.app_context(), pytest.raises(StorageError, match="Another program locks the folder"):
+        ProviderConfig.get()
+    assert flask("provider", "--help")[0] == 0
+    os.close(folder)
+    with app.app_context():
+        assert ProviderConfig.get() is None
+
+
+def test_database_that_is_a_loop_of_links_is_one_clear_line(tmp_path: Path) -> None:
+    loop = tmp_path / "loop.db"
+    loop.symlink_to(loop)
+    url = f"sqlite:///{loop}"
+    for result in (run(serve, DATABASE_URL=url), flask("provider", "show", DATABASE_URL=url)):
+        assert (result[0], result[2].count("\n")) == (1, 1)
+        assert result[2].startswith("Error: ")
 
 
 def test_stop_writes_changes_into_a_database_that_another_process_has_open(

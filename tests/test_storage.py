@@ -274,16 +274,19 @@ def test_unreadable_key_is_an_error_in_the_log_of_the_start(
     assert re.search(error, server.stop())
 
 
-def test_creation_that_fails_leaves_nothing(
+def test_creation_that_fails_leaves_no_database(
     start_app: StartApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(_source: object, _target: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "link", fail)
-    with pytest.raises(StorageError, match="No space left on device"):
-        start_app()
-    assert [*tmp_path.iterdir()] == []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", fail)
+        with pytest.raises(StorageError, match="No space left on device"):
+            start_app()
+    assert not (tmp_path / "ai-provider.db").exists()
+    start_app()
+    assert [*tmp_path.glob("*.new*")] == []
 
 
 def test_created_files_are_logged_once(start_server: StartServer, key_file: Path) -> None:
