@@ -174,7 +174,7 @@ class DatabaseFile:
         """Keep others from opening or closing: they would remove what this process makes."""
         folder = os.open(Path(os.path.realpath(self.path)).parent, os.O_RDONLY)
         try:
-            for _ in range(20):
+            for _ in range(40):
                 with suppress(BlockingIOError):
                     fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
