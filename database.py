@@ -139,6 +139,7 @@ class DatabaseFile:
             real_path = os.path.realpath(self.path)  # beside which SQLite has the other files
             self._wal, self._shm = Path(f"{real_path}-wal"), Path(f"{real_path}-shm")
             beside = [] if is_saved else self._require_wal()
+            present: list[int] = []
             try:
                 self.connection: sqlite3.Connection = self._open("rw")
                 self._reader, self._opened = self.connection, [0]
@@ -148,8 +149,9 @@ class DatabaseFile:
                     self._opened = present
                     return self.connection
             finally:
-                # What this process has made would be taken for theirs.
-                for path, inode in zip((self._wal, self._shm), beside, strict=False):
+                # What was made in the place of a removed file would be taken for that of others.
+                kept = beside or present[2:]
+                for path, inode in zip((self._wal, self._shm), kept, strict=False):
                     if path.exists() and path.lstat().st_ino != inode:
                         path.unlink()
             self._close()

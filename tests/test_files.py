@@ -302,6 +302,26 @@ def test_wal_removed_between_two_openings_loses_no_later_write(
     assert shown.body["data"]["provider"] == "other"
 
 
+def test_wal_that_the_second_opening_makes_is_not_left_to_others(
+    app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file = DatabaseFile._open
+
+    def lose_wal_and_open(file: DatabaseFile, mode: str) -> sqlite3.Connection:
+        if mode == "ro":
+            remove_files(tmp_path, "-wal")
+        return open_file(file, mode)
+
+    close_database(app)
+    with monkeypatch.context() as patch, app.app_context():
+        patch.setattr(DatabaseFile, "_open", lose_wal_and_open)
+        assert ProviderConfig.get() is None
+    assert not (tmp_path / "ai-provider.db-wal").exists()
+    with app.app_context():
+        ProviderConfig.put("openai", "key", "author")
+    assert flask("provider", "show")[0] == 0
+
+
 def test_removal_after_the_opening_is_noticed(
     app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
