@@ -33,39 +33,14 @@ class Base(DeclarativeBase):
 # A server of PostgreSQL may have been restarted since the last request.
 ENGINE_OPTIONS = {"isolation_level": "AUTOCOMMIT", "pool_pre_ping": True}
 db = SQLAlchemy(model_class=Base, engine_options=ENGINE_OPTIONS)
-
 # How a transaction keeps other writers out, after waiting for at most {} milliseconds.
 BEGIN = {
     "sqlite": ["PRAGMA busy_timeout = {}", "BEGIN IMMEDIATE"],
     "postgresql": ["BEGIN; SET LOCAL lock_timeout = {}; LOCK provider_config IN EXCLUSIVE MODE"],
 }
-# Writers wait: to one that committed meanwhile, the time of the database would seem to be that of a
-# file copied over it. An emptied -wal cannot change such a file.
+# Writers wait, or would take its time for that of a file copied over, which no -wal may change.
 CHECKPOINT = "PRAGMA busy_timeout = 100; PRAGMA wal_checkpoint(TRUNCATE)"
 lock = RLock()  # the development server has several threads
-
-
-def engine_settings(database_url: str, folder: Path) -> dict[str, Any]:
-    """Return Flask-SQLAlchemy's settings; raise ClickException for another kind of database."""
-    with suppress(sa.exc.ArgumentError, ValueError):
-        url = sa.make_url(database_url)
-        is_postgresql = url.drivername in {"postgres", "postgresql", "postgresql+psycopg"}
-        if is_postgresql and "@" not in f"{url.host}{url.database}":
-            # Whatever the server's own settings, what is acknowledged is on disk.
-            session = f"{url.query.get('options', '')} -c lock_timeout=2s -c synchronous_commit=on"
-            limits = {"connect_timeout": "2", "tcp_user_timeout": "4000", "options": session}
-            url = url.set(drivername="postgresql+psycopg").update_query_dict(limits)
-            url = url.update_query_dict({"client_encoding": "utf8"})  # whatever the database has
-            return {"SQLALCHEMY_DATABASE_URI": url}
-        no_file = url.host or url.query or url.database in {None, "", ":memory:"}
-        if url.drivername == "sqlite" and not no_file:
-            url = url.set(database=str(folder / str(url.database)))
-            named = {"paramstyle": "named", "poolclass": sa.NullPool}
-            return {"SQLALCHEMY_DATABASE_URI": url, "SQLALCHEMY_ENGINE_OPTIONS": named}
-    raise click.ClickException(
-        "DATABASE_URL must be sqlite:/// and a file's path, or postgresql:// and an address, in"
-        " which the special characters of a password are percent-encoded: %40 for @."
-    )
 
 
 def init_app(app: Flask) -> None:
@@ -138,19 +113,18 @@ class DatabaseFile:
             is_saved = self._close()
             real_path = os.path.realpath(self.path)  # beside which SQLite has the other files
             self._wal, self._shm = Path(f"{real_path}-wal"), Path(f"{real_path}-shm")
-            beside = [] if is_saved else self._require_wal()
-            present: list[int] = []
+            kept = [] if is_saved else self._require_wal()
             try:
                 self.connection: sqlite3.Connection = self._open("rw")
                 self._reader, self._opened = self.connection, [0]
                 present = [*self._state(), 0, 0][:4]  # 0 if it was removed meanwhile
+                kept = kept or present[2:]
                 self._reader = self._open("ro")
-                if beside in ([], present[2:]):
+                if kept == present[2:]:
                     self._opened = present
                     return self.connection
             finally:
                 # What was made in the place of a removed file would be taken for that of others.
-                kept = beside or present[2:]
                 for path, inode in zip((self._wal, self._shm), kept, strict=False):
                     if path.exists() and path.lstat().st_ino != inode:
                         path.unlink()
@@ -188,11 +162,10 @@ class DatabaseFile:
             os.close(folder)
 
     def _require_wal(self) -> list[int]:
-        # Return the inodes of -wal and -shm, or nothing if nobody has the database open.
+        # Return their inodes; none if nobody has locked what all lock who have the database open.
         with suppress(FileNotFoundError):
             return [self._wal.lstat().st_ino, self._shm.lstat().st_ino]
         with self.path.open("r+b") as file, suppress(BlockingIOError):
-            # The bytes that all who have it open lock.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)
             return []
         raise StorageError(f"{self.path} is in use without -wal or -shm. Try again in 5 seconds.")
@@ -239,14 +212,12 @@ class DatabaseFile:
         uri = f"{self.path.as_uri()}?mode={mode}"
         options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
         connection: sqlite3.Connection = sqlite3.connect(uri, uri=True, timeout=0.1, **options)
-        # On disk before the answer. Both open all three files; the second makes those of a copy
-        # that another program has left in another mode.
+        # On disk before the answer; and in this mode, which a copy of the database may not have.
         connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
         return connection
 
     def _state(self) -> list[int]:
-        # The time of the database and the inode of each file, up to the first that is missing. A
-        # link in the place of -wal or -shm is another file.
+        # The time of the database, and the inode of each file up to the first that is missing.
         state: list[int] = []
         with suppress(FileNotFoundError, NotADirectoryError):
             database = self.path.stat()

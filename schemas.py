@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import sqlalchemy as sa
 from dotenv import dotenv_values, find_dotenv
 from dotenv.parser import parse_stream
 from flask import abort, current_app
@@ -18,7 +19,7 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 
-from database import engine_settings, explain
+from database import explain
 
 NAMES = validate.Regexp(r"[\s,]*[^\s,]", error="Must not be empty.")
 NOT_EMPTY = validate.Length(1, error="Must not be empty.")
@@ -64,7 +65,30 @@ def read_settings(root: Path, config: dict[str, Any]) -> dict[str, Any]:
     names = settings["AI_PROVIDERS"].split(",")
     settings["AI_PROVIDERS"] = [name.strip() for name in names if name.strip()]
     settings["ENCRYPTION_KEY_FILE"] = root / "instance" / settings["ENCRYPTION_KEY_FILE"]
-    return engine_settings(settings["DATABASE_URL"], root / "instance") | settings
+    return _engine_settings(settings["DATABASE_URL"], root / "instance") | settings
+
+
+def _engine_settings(database_url: str, folder: Path) -> dict[str, Any]:
+    # Those of Flask-SQLAlchemy.
+    with suppress(sa.exc.ArgumentError, ValueError):
+        url = sa.make_url(database_url)
+        is_postgresql = url.drivername in {"postgres", "postgresql", "postgresql+psycopg"}
+        if is_postgresql and "@" not in f"{url.host}{url.database}":
+            # Whatever the server's own settings, what is acknowledged is on disk.
+            session = f"{url.query.get('options', '')} -c lock_timeout=2s -c synchronous_commit=on"
+            limits = {"connect_timeout": "2", "tcp_user_timeout": "4000", "options": session}
+            url = url.set(drivername="postgresql+psycopg").update_query_dict(limits)
+            url = url.update_query_dict({"client_encoding": "utf8"})  # whatever the database has
+            return {"SQLALCHEMY_DATABASE_URI": url}
+        no_file = url.host or url.query or url.database in {None, "", ":memory:"}
+        if url.drivername == "sqlite" and not no_file:
+            url = url.set(database=str(folder / str(url.database)))
+            named = {"paramstyle": "named", "poolclass": sa.NullPool}
+            return {"SQLALCHEMY_DATABASE_URI": url, "SQLALCHEMY_ENGINE_OPTIONS": named}
+    raise click.ClickException(
+        "DATABASE_URL must be sqlite:/// and a file's path, or postgresql:// and an address, in"
+        " which the special characters of a password are percent-encoded: %40 for @."
+    )
 
 
 def _read_environment(root: Path) -> dict[str, str | None]:
