@@ -38,7 +38,7 @@ BEGIN = {
     "sqlite": ["PRAGMA busy_timeout = {}", "BEGIN IMMEDIATE"],
     "postgresql": ["BEGIN; SET LOCAL lock_timeout = {}; LOCK provider_config IN EXCLUSIVE MODE"],
 }
-# Writers wait, or would take its time for that of a file copied over, which no -wal may change.
+# TRUNCATE keeps writers out, who would take its time for that of a file copied over the database.
 CHECKPOINT = "PRAGMA busy_timeout = 100; PRAGMA wal_checkpoint(TRUNCATE)"
 lock = RLock()  # the development server has several threads
 
@@ -139,7 +139,7 @@ class DatabaseFile:
         self._opened = present  # a commit may write to the database itself
 
     def save(self) -> None:
-        """Write into the database what only the -wal has, if nothing is in the way."""
+        """Empty the -wal into the database, if nothing is in the way."""
         with suppress(StorageError, sqlite3.Error, OSError):  # a request tells of them
             self.connect().executescript(CHECKPOINT)
             self._opened[0] = self.path.stat().st_mtime_ns
@@ -162,7 +162,7 @@ class DatabaseFile:
             os.close(folder)
 
     def _require_wal(self) -> list[int]:
-        # Return their inodes; none if nobody has locked what all lock who have the database open.
+        # Return the inodes of both; none if nobody has the bytes locked that all users lock.
         with suppress(FileNotFoundError):
             return [self._wal.lstat().st_ino, self._shm.lstat().st_ino]
         with self.path.open("r+b") as file, suppress(BlockingIOError):
@@ -183,7 +183,7 @@ class DatabaseFile:
         present = self._state()
         is_ours = present[:2] == self._opened[:2]
         if present == self._opened:
-            # As the last to close does, which this process may not be.
+            # As the last to close does, which this may not be. If it fails, the -wal keeps all.
             with suppress(sqlite3.Error):
                 self.connection.executescript(CHECKPOINT)
         else:
