@@ -29,6 +29,10 @@ class StorageError(click.ClickException):
 class Base(DeclarativeBase):
     """The tables. An instance is a copy of a row; `execute` writes."""
 
+    def __init__(self, **row: object) -> None:
+        """Take the row as it is: nothing asks SQLAlchemy which attributes have changed."""
+        self.__dict__.update(row)
+
 
 # A server of PostgreSQL may have been restarted since the last request.
 ENGINE_OPTIONS = {"isolation_level": "AUTOCOMMIT", "pool_pre_ping": True}
