@@ -228,7 +228,7 @@ def restore_command(file: Path) -> None:
             Path(folder, "copy-wal").write_bytes(Path(f"{os.path.realpath(file)}-wal").read_bytes())
         with closing(sqlite3.connect(copy)) as source:
             if not _is_intact(source):
-                raise click.ClickException(f"{file} is not an intact database of the service.")
+                raise click.ClickException(f"{file} is empty, damaged, or not of this service.")
             source.backup(present, progress=_refuse_lock)
         database_file.confirm()
     report(f"Restored {database_file.path} from {file}.")

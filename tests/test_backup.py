@@ -170,7 +170,7 @@ def test_damaged_backup_changes_nothing(
     before = stored(app)
     result = runner.invoke(args=["restore", str(backup)])
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == f"Error: {backup} is not an intact database of the service.\n"
+    assert result.stderr == f"Error: {backup} is empty, damaged, or not of this service.\n"
     assert stored(app) == before
 
 
