@@ -76,9 +76,8 @@ def storage_errors() -> Iterator[None]:
         # The first line alone: PostgreSQL's others may show the row.
         cause = str(getattr(error, "orig", error)).partition("\n")[0].rstrip(".")
         raise StorageError(
-            f"Database error: {cause}. Check that the database of DATABASE_URL is there (if"
-            " nothing has its name, a start of the service creates one), intact, writable, not"
-            " locked, and that no disk is full."
+            f"Database error: {cause}. Check that the database of DATABASE_URL is there, intact,"
+            " writable, not locked, and that no disk is full."
         ) from error
 
 

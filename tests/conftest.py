@@ -34,8 +34,8 @@ CONFIG = {"provider": "openai", "api_key": API_KEY}
 OTHER = {"provider": "other", "api_key": "other key"}
 OTHER_ENCRYPTION_KEY = b"A" * 43 + b"=\n"
 REMEDY = (
-    "Check that the database of DATABASE_URL is there (if nothing has its name, a start of the"
-    " service creates one), intact, writable, not locked, and that no disk is full."
+    "Check that the database of DATABASE_URL is there, intact, writable, not locked, and that no"
+    " disk is full."
 )
 
 # Few and always the same examples; `--hypothesis-profile=long` tries many others.
