@@ -78,7 +78,7 @@ def clear_provider() -> dict[str, object]:
 
 def check_health() -> dict[str, object]:
     """Answer while what is stored can be read."""
-    ProviderConfig.check()
+    ProviderConfig.get()
     return schemas.success(True)
 
 
@@ -256,7 +256,7 @@ def main() -> None:
         create_all()
         key_file.inspect()
         try:
-            ProviderConfig.check()
+            ProviderConfig.get()
         except database.StorageError as error:  # a PUT mends it
             app.logger.error("%s", error)
     # No line shows these, which take a third of its time (logging HOWTO, "Optimization").

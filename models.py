@@ -92,22 +92,15 @@ class ProviderConfig(Base):
     updated_at: Mapped[str]
     updated_by: Mapped[str] = mapped_column(sa.String(32))
 
-    @property
-    def api_key(self) -> str:
-        """The plain API key; raise DecryptionError."""
-        return key_file.decrypt(self.api_key_encrypted)
+    api_key = ""  # decrypted, which no column is
 
     @classmethod
     def get(cls) -> "ProviderConfig | None":
-        """Return the configuration, or None while nothing is set."""
+        """Return the configuration, or None while nothing is set; raise StorageError."""
         rows = execute(SELECT_CONFIG)
-        return cls(**rows[0]._asdict()) if rows else None
-
-    @classmethod
-    def check(cls) -> None:
-        """Raise StorageError if what is stored cannot be read."""
-        if config := cls.get():
-            key_file.decrypt(config.api_key_encrypted)
+        if not rows:
+            return None
+        return cls(**rows[0]._asdict(), api_key=key_file.decrypt(rows[0].api_key_encrypted))
 
     @classmethod
     def put(cls, provider: str, api_key: str, updated_by: str) -> None:
@@ -129,9 +122,9 @@ class ProviderConfig(Base):
     def rotate(cls) -> None:
         """Encrypt the stored API key with a new key; raise DecryptionError."""
         with transaction():  # of two rotations at once, one would lose its key
-            cls.check()
+            config = cls.get()
             key_file.add_key()
-            if config := cls.get():
+            if config:
                 execute(sa.update(cls).values(api_key_encrypted=key_file.encrypt(config.api_key)))
 
 
@@ -165,7 +158,7 @@ def create_all() -> None:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(5741)))  # any number
                 Base.metadata.create_all(connection)
         # While something is stored, a new key could not decrypt it.
-        if ProviderConfig.get() is None and not key_file.path.exists():
+        if not execute(SELECT_CONFIG) and not key_file.path.exists():
             with transaction():
                 key_file.create()
 
@@ -233,7 +226,7 @@ def restore_command(file: Path) -> None:
         database_file.confirm()
     report(f"Restored {database_file.path} from {file}.")
     try:
-        ProviderConfig.check()
+        ProviderConfig.get()
         click.echo("The present encryption key decrypts what was restored.", err=True)
     except StorageError as error:
         click.echo(f"Warning: {error}", err=True)
