@@ -113,7 +113,7 @@ class DatabaseFile:
         if not self.path.is_file() or not self.path.stat().st_size:
             raise sqlite3.OperationalError(f"{self.path} is missing or empty")
         with self.alone():
-            is_saved = self._close()
+            is_saved = self._opened and self._close()
             real_path = os.path.realpath(self.path)  # beside which SQLite has the other files
             self._wal, self._shm = Path(f"{real_path}-wal"), Path(f"{real_path}-shm")
             kept = [] if is_saved else self._require_wal()
@@ -181,8 +181,6 @@ class DatabaseFile:
 
     def _close(self) -> bool:
         # Return whether what was open is saved.
-        if not self._opened:
-            return False
         present = self._state()
         is_ours = present[:2] == self._opened[:2]
         if present == self._opened:
