@@ -187,13 +187,12 @@ class DatabaseFile:
             # As the last to close does, which this may not be. If it fails, the -wal keeps all.
             with suppress(sqlite3.Error):
                 self.connection.executescript(CHECKPOINT)
-        else:
-            if is_ours:
-                self._save_wal()
-            # The last to close writes the -wal into the database, unless it only reads.
-            self.connection.close()
-        self._reader.close()
+            self._reader.close()
+        elif is_ours:
+            self._save_wal()
+        # The last to close writes the -wal into the database, unless it only reads.
         self.connection.close()
+        self._reader.close()
         self._opened = []
         return is_ours
 
