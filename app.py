@@ -16,12 +16,12 @@ from typing import Any
 from urllib.parse import quote
 
 import click
-from flask import Blueprint, Flask, abort, current_app, g, jsonify, request
+from flask import Blueprint, Flask, Response, abort, current_app, g, request
 from marshmallow import ValidationError
 from waitress.adjustments import Adjustments
 from waitress.trigger import trigger
+from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException
-from werkzeug.wrappers import Response
 
 import auth
 import database
@@ -127,15 +127,14 @@ def _handle_storage_error(error: database.StorageError) -> tuple[dict[str, objec
     return schemas.failure(status, error.public), status
 
 
-def _handle_http_exception(error: HTTPException) -> Response:
-    response = error.get_response()  # its headers stay, its HTML does not
-    status = response.status_code
+def _handle_http_exception(error: HTTPException) -> tuple[dict[str, object], int, Headers]:
+    status = error.code or 500
+    headers = Headers(error.get_headers())
+    headers["Content-Type"] = "application/json"
     message = error.description or error.name
     if error.description == type(error).description:
-        message = MESSAGES.get(status, message).format(allow=response.headers.get("Allow"))
-    response.data = jsonify(schemas.failure(status, message)).data
-    response.content_type = "application/json"
-    return response
+        message = MESSAGES.get(status, message).format(allow=headers.get("Allow"))
+    return schemas.failure(status, message), status, headers
 
 
 def _begin_request() -> None:
