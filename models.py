@@ -248,7 +248,6 @@ def _sqlite_file(other: Path) -> database.DatabaseFile:
 
 def _is_intact(copy: sqlite3.Connection) -> bool:
     with suppress(sqlite3.Error):
-        for table in Base.metadata.sorted_tables:
-            copy.execute(str(sa.select(table)))
+        copy.execute(str(sa.select(*Base.metadata.sorted_tables)))
         return copy.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     return False
