@@ -74,12 +74,11 @@ def _engine_settings(database_url: str, folder: Path) -> dict[str, Any]:
         url = sa.make_url(database_url)
         is_postgresql = url.drivername in {"postgres", "postgresql", "postgresql+psycopg"}
         if is_postgresql and "@" not in f"{url.host}{url.database}":
-            # Whatever the server's own settings, what is acknowledged is on disk.
+            # Whatever the server's own settings: what is acknowledged is on disk, text is UTF-8.
             session = f"{url.query.get('options', '')} -c lock_timeout=2s -c synchronous_commit=on"
-            limits = {"connect_timeout": "2", "tcp_user_timeout": "4000", "options": session}
+            limits = {"connect_timeout": "2", "tcp_user_timeout": "4000", "client_encoding": "utf8"}
             url = url.set(drivername="postgresql+psycopg").update_query_dict(limits)
-            url = url.update_query_dict({"client_encoding": "utf8"})  # whatever the database has
-            return {"SQLALCHEMY_DATABASE_URI": url}
+            return {"SQLALCHEMY_DATABASE_URI": url.update_query_dict({"options": session})}
         no_file = url.host or url.query or url.database in {None, "", ":memory:"}
         if url.drivername == "sqlite" and not no_file:
             url = url.set(database=str(folder / str(url.database)))
