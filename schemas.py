@@ -99,7 +99,6 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     if "FLASK_RUN_FROM_CLI" in os.environ:
         for name in (".flaskenv", ".env"):
             other |= dotenv_values(find_dotenv(name, usecwd=True))
-    environment = dict(os.environ.items() - other.items())
     path = root / ".env"
     with suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
         for line in parse_stream(file):
@@ -108,7 +107,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     settings = dotenv_values(path)
     if unknown := sorted(settings.keys() - SettingsSchema().fields):
         raise ValidationError({f"{path}": [f"{name} is no setting." for name in unknown]})
-    return settings | environment
+    return settings | dict(os.environ.items() - other.items())
 
 
 def _validate_header_value(value: str) -> None:
