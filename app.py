@@ -91,8 +91,7 @@ def show_document() -> Response:
 @click.option("--reveal", is_flag=True, help="Print the plain API key alone.")
 def show_command(reveal: bool) -> None:
     """Print the configuration."""
-    config = ProviderConfig.get()
-    if config is None:
+    if (config := ProviderConfig.get()) is None:
         raise click.ClickException(NOT_SET)
     if reveal:
         click.echo(config.api_key)
@@ -104,8 +103,7 @@ def show_command(reveal: bool) -> None:
 @bp.cli.command("clear")
 def clear_command() -> None:
     """Remove the configuration."""
-    provider = ProviderConfig.clear()
-    if provider is None:
+    if (provider := ProviderConfig.clear()) is None:
         raise click.ClickException(NOT_SET)
     database.report(f"Removed the provider {provider!r}.")
 
