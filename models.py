@@ -97,8 +97,7 @@ class ProviderConfig(Base):
     @classmethod
     def get(cls) -> "ProviderConfig | None":
         """Return the configuration, or None while nothing is set; raise StorageError."""
-        rows = execute(SELECT_CONFIG)
-        if not rows:
+        if not (rows := execute(SELECT_CONFIG)):
             return None
         return cls(**rows[0]._asdict(), api_key=key_file.decrypt(rows[0].api_key_encrypted))
 
