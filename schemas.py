@@ -13,7 +13,6 @@ from dotenv import dotenv_values, find_dotenv
 from dotenv.parser import parse_stream
 from flask import abort, current_app
 from flask.helpers import get_load_dotenv
-from flask.json.provider import DefaultJSONProvider
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
@@ -144,24 +143,13 @@ class ProviderSchema(Schema):
 provider_schema = ProviderSchema()
 
 
-class JSONProvider(DefaultJSONProvider):
-    """JSON with the fields in their order, and bullets as bullets."""
-
-    ensure_ascii = False
-    sort_keys = False
-
-    def dumps(self, obj: object, **options: Any) -> str:  # noqa: ANN401
-        """Return JSON that UTF-8 can encode, whatever names a client gave to its fields."""
-        return super().dumps(obj, **options).encode(errors="backslashreplace").decode()
-
-
 def parse_object(body: bytes) -> dict[str, Any]:
     """Return a JSON object, or abort with status 400; raise ValidationError for its names."""
     try:
         value = json.loads(str(body, "utf-8-sig"), object_pairs_hook=_require_unique_names)
     except json.JSONDecodeError as error:
         abort(400, f"The body is not JSON: {error.msg}: line {error.lineno}, column {error.colno}.")
-    except (ValueError, RecursionError):  # not UTF-8, a number too long, nested too deep
+    except (ValueError, RecursionError):  # not Unicode, a number too long, nested too deep
         value = None
     if not isinstance(value, dict):
         abort(400, "The body must be a JSON object in UTF-8.")
@@ -171,6 +159,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
 def _require_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for name, item in pairs:
+        name.encode()  # or raise UnicodeEncodeError, for a lone surrogate
         if name in value:
             raise ValidationError({name: ["Given more than once."]})
         value[name] = item

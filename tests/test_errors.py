@@ -15,6 +15,7 @@ BAD_BODIES = {
     "list": b"[]",
     "string": b'"openai"',
     "NaN": b"NaN",
+    "lone surrogate in a name": rb'{"\ud800": 1}',
 }
 
 
