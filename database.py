@@ -42,8 +42,6 @@ BEGIN = {
     "sqlite": ["PRAGMA busy_timeout = {}", "BEGIN IMMEDIATE"],
     "postgresql": ["BEGIN; SET LOCAL lock_timeout = {}; LOCK provider_config IN EXCLUSIVE MODE"],
 }
-# TRUNCATE keeps writers out, who would take its time for that of a file copied over the database.
-CHECKPOINT = "PRAGMA busy_timeout = 100; PRAGMA wal_checkpoint(TRUNCATE)"
 lock = RLock()  # the development server has several threads
 
 
@@ -143,8 +141,9 @@ class DatabaseFile:
 
     def save(self) -> None:
         """Empty the -wal into the database, if nothing is in the way."""
+        # TRUNCATE keeps writers out, who would take its time for that of a file copied over it.
         with suppress(StorageError, sqlite3.Error, OSError):  # a request tells of them
-            self.connect().executescript(CHECKPOINT)
+            self.connect().executescript("PRAGMA busy_timeout=100; PRAGMA wal_checkpoint(TRUNCATE)")
             self._opened[0] = self.path.stat().st_mtime_ns
             self.confirm()
 
@@ -176,6 +175,7 @@ class DatabaseFile:
     def close(self) -> None:
         """Close, after saving what only the -wal has."""
         if self._opened:
+            self.save()  # as the last to close does, which this may not be
             with self.alone():
                 self._close()
 
@@ -184,9 +184,6 @@ class DatabaseFile:
         present = self._state()
         is_ours = present[:2] == self._opened[:2]
         if present == self._opened:
-            # As the last to close does, which this may not be. If it fails, the -wal keeps all.
-            with suppress(sqlite3.Error):
-                self.connection.executescript(CHECKPOINT)
             self._reader.close()
         elif is_ours:
             self._save_wal()
