@@ -53,8 +53,7 @@ SETTINGS_HELP = "\b\nSettings and their defaults, from .env or the environment:"
 def read_settings(root: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Return `config` with the settings of the application in this folder; raise ClickException."""
     try:
-        values = _read_environment(root) | config
-        settings: dict[str, Any] = config | SettingsSchema(unknown=EXCLUDE).load(values)
+        settings = config | SettingsSchema(unknown=EXCLUDE).load(_read_environment(root) | config)
     except ValidationError as error:
         raise click.ClickException(summarize(error)) from error
     except OSError as error:
@@ -64,7 +63,7 @@ def read_settings(root: Path, config: dict[str, Any]) -> dict[str, Any]:
     names = settings["AI_PROVIDERS"].split(",")
     settings["AI_PROVIDERS"] = [name.strip() for name in names if name.strip()]
     settings["ENCRYPTION_KEY_FILE"] = root / "instance" / settings["ENCRYPTION_KEY_FILE"]
-    return _engine_settings(settings["DATABASE_URL"], root / "instance") | settings
+    return {**_engine_settings(settings["DATABASE_URL"], root / "instance"), **settings}
 
 
 def _engine_settings(database_url: str, folder: Path) -> dict[str, Any]:
