@@ -72,8 +72,7 @@ class KeyFile:
     def add_key(self) -> None:
         """Put a new key before the others, within the caller's transaction; raise StorageError."""
         self.read()
-        keys = Fernet.generate_key() + b"\n" + self.path.read_bytes()
-        self._write(keys, replaced=self.path.stat())
+        self._write(Fernet.generate_key() + b"\n" + self.path.read_bytes(), self.path.stat())
 
     def inspect(self) -> None:
         """Remove what a killed rotation left; raise StorageError, or warn of others' access."""
