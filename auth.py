@@ -2,17 +2,17 @@
 
 import re
 from base64 import b64decode
+from contextlib import suppress
 
 import click
 from flask import abort, g, request
 from flask.cli import AppGroup
-from werkzeug.datastructures import WWWAuthenticate
 
 from database import report
 from models import Credential, create_all
 
-CREDENTIAL = re.compile(r"([A-Za-z0-9]{32}):([A-Za-z0-9]{64})")
-CHALLENGES = [WWWAuthenticate(scheme, {"realm": "AI provider"}) for scheme in ("basic", "token")]
+CREDENTIAL = re.compile(r"token ([A-Za-z0-9]{32}):([A-Za-z0-9]{64})")
+CHALLENGES = ['Basic realm="AI provider"', 'Token realm="AI provider"']
 
 credentials = AppGroup("credentials", help="Manage the credentials of the API's clients.")
 
@@ -23,13 +23,9 @@ def parse_authorization(header: str) -> re.Match[str] | None:
     scheme, _, value = header.partition(" ")
     value = value.lstrip(" ")  # RFC 9110, section 11.4: 1*SP
     if scheme.lower() == "basic":
-        try:
-            value = b64decode(value, validate=True).decode("ascii")
-        except ValueError:
-            return None
-    elif scheme.lower() != "token":
-        return None
-    return CREDENTIAL.fullmatch(value)
+        with suppress(ValueError):
+            scheme, value = "token", b64decode(value, validate=True).decode("ascii")
+    return CREDENTIAL.fullmatch(f"{scheme.lower()} {value}")
 
 
 def authenticate() -> None:
