@@ -191,7 +191,7 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app = Flask(__name__, instance_path=str(ROOT / "instance"), static_folder=None)
     app.config.update({"MAX_CONTENT_LENGTH": 64 * 1024} | schemas.read_settings(ROOT, config or {}))
     _configure_logging(app.config["LOG_LEVEL"])
-    vars(app.json).update(ensure_ascii=False, sort_keys=False)  # bullets, and fields in order
+    app.json.ensure_ascii = app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # no redirects: an unknown path is a 404
     database.init_app(app)
     for command in (auth.credentials, backup_command, restore_command):
