@@ -80,7 +80,7 @@ def _engine_settings(database_url: str, folder: Path) -> dict[str, Any]:
         no_file = url.host or url.query or url.database in {None, "", ":memory:"}
         if url.drivername == "sqlite" and not no_file:
             url = url.set(database=str(folder / str(url.database)))
-            named = {"paramstyle": "named", "poolclass": sa.NullPool}
+            named = {"paramstyle": "named"}
             return {"SQLALCHEMY_DATABASE_URI": url, "SQLALCHEMY_ENGINE_OPTIONS": named}
     raise click.ClickException(
         "DATABASE_URL must be sqlite:/// and a file's path, or postgresql:// and an address, in"
