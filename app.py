@@ -31,8 +31,6 @@ from models import ProviderConfig, backup_command, create_all, restore_command
 
 VERSION = "1.1.0"
 ROOT = Path(__file__).resolve().parent
-# Keep secrets out of caches, and browsers from guessing a type (OWASP).
-HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 NOT_SET = "No provider is set."
 MESSAGES = {  # for errors that are raised without one
@@ -149,7 +147,8 @@ def _parse_address(text: str | None) -> str:
 
 
 def _finish_request(response: Response) -> Response:
-    response.headers.extend(HEADERS)
+    # Keep secrets out of caches, and browsers from guessing a type (OWASP).
+    response.headers.extend({"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"})
     if request.method == "OPTIONS" and response.status_code == 200:
         response.status_code = 204
         del response.headers["Content-Type"]
@@ -264,9 +263,9 @@ def main() -> None:
     _stop_on_signals(sockets)
     url = f"http://{app.config['LISTEN'].rpartition(':')[0]}:{server.getsockname()[1]}"
     app.logger.info("Serving version %s on %s", VERSION, url)
-    if address := os.environ.get("NOTIFY_SOCKET"):  # `systemctl start` waits (sd_notify(3))
-        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-            systemd.sendto(b"READY=1", address.replace("@", "\0", 1))
+    # Under systemd, `systemctl start` waits for this (sd_notify(3)).
+    with suppress(KeyError, OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1))
     server.run()
     app.logger.info("Stopped version %s on %s", VERSION, url)
 
