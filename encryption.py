@@ -48,12 +48,9 @@ class KeyFile:
 
     def encrypt(self, text: str) -> str:
         """Encrypt with the newest key, within the caller's transaction; raise StorageError."""
-        try:
-            cipher = self.read()
-        except DecryptionError:
-            self.create()  # if it is lost: what it encrypted is about to be replaced
-            cipher = self.read()
-        return cipher.encrypt(text.encode()).decode()
+        if not current_app.config["ENCRYPTION_KEY_FILE"].exists():
+            self.create()  # what the lost one encrypted is about to be replaced
+        return self.read().encrypt(text.encode()).decode()
 
     def decrypt(self, token: str) -> str:
         """Decrypt with any of the keys; raise StorageError."""
