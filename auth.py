@@ -13,7 +13,6 @@ from models import Credential, create_all
 
 CREDENTIAL = re.compile(r"token ([A-Za-z0-9]{32}):([A-Za-z0-9]{64})")
 UNKNOWN = "No credential has this API key. `flask credentials list` shows those that exist."
-CHALLENGES = ['Basic realm="AI provider"', 'Token realm="AI provider"']
 
 credentials = AppGroup("credentials", help="Manage the credentials of the API's clients.")
 
@@ -36,7 +35,7 @@ def authenticate() -> None:
     credential = parse_authorization(request.headers.get("Authorization", ""))
     g.api_key = credential[1] if credential else "-"
     if credential is None or not Credential.verify(*credential.groups()):
-        abort(401, www_authenticate=CHALLENGES)
+        abort(401, www_authenticate=['Basic realm="AI provider"', 'Token realm="AI provider"'])
 
 
 @credentials.command("create")
