@@ -163,12 +163,11 @@ def create_all() -> None:
 
 
 def _create_sqlite_file(database_file: database.DatabaseFile) -> None:
-    path = database_file.path
-    real_path = os.path.realpath(path)
-    wal, new = Path(f"{real_path}-wal"), Path(f"{real_path}.new")
+    path = Path(os.path.realpath(database_file.path))
+    wal, new = Path(f"{path}-wal"), Path(f"{path}.new")
     if wal.exists() and not path.exists():
         raise StorageError(f"{path} is gone. Put it back, or move {wal} away, too.")
-    TemporaryFile(dir=wal.parent).close()  # or raise PermissionError
+    TemporaryFile(dir=path.parent).close()  # or raise PermissionError
     with database_file.alone():
         if path.exists():
             return
@@ -179,7 +178,7 @@ def _create_sqlite_file(database_file: database.DatabaseFile) -> None:
             for table in Base.metadata.sorted_tables:
                 connection.execute(str(sa.schema.CreateTable(table)))
             connection.execute("PRAGMA journal_mode = WAL")
-        os.link(new, real_path)  # replaces nothing
+        os.link(new, path)  # replaces nothing
         new.unlink()
         current_app.logger.warning("Created database %s.", path)
 
