@@ -97,15 +97,13 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     if "FLASK_RUN_FROM_CLI" in os.environ:
         for name in (".flaskenv", ".env"):
             other |= dotenv_values(find_dotenv(name, usecwd=True))
-    path = root / ".env"
+    path, names = root / ".env", SettingsSchema().fields
     with suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
         for line in parse_stream(file):
-            if line.error or (line.key and (line.value is None or not line.key.isidentifier())):
-                raise ValidationError({f"{path}:{line.original.line}": ["Must be NAME=value."]})
-    settings = dotenv_values(path)
-    if unknown := sorted(settings.keys() - SettingsSchema().fields):
-        raise ValidationError({f"{path}": [f"{name} is no setting." for name in unknown]})
-    return settings | dict(os.environ.items() - other.items())
+            if line.error or (line.key and (line.value is None or line.key not in names)):
+                message = "Must be NAME=value, NAME one of the settings."
+                raise ValidationError({f"{path}:{line.original.line}": [message]})
+    return dotenv_values(path) | dict(os.environ.items() - other.items())
 
 
 def _validate_header_value(value: str) -> None:

@@ -57,6 +57,7 @@ def test_bad_database_url_is_one_clear_line(url: str, message: str) -> None:
     assert flask("credentials", "list", DATABASE_URL=url) == (1, "", f"Error: {message}\n")
 
 
+NO_SETTING = "Must be NAME=value, NAME one of the settings."
 RULES = {
     "AI_PROVIDERS": "Must not be empty.",
     "DATABASE_URL": "Must not be empty.",
@@ -274,22 +275,17 @@ def test_setting_is_read_from_the_file(file_of_settings: Path) -> None:
     assert create_app().config["LOG_LEVEL"] == "ERROR"
 
 
-def test_misspelt_setting_in_the_file_is_refused(file_of_settings: Path) -> None:
-    file_of_settings.write_text("AI_PROVIDER=openai\n")
-    with pytest.raises(ClickException, match=r"^/.*/\.env: AI_PROVIDER is no setting\.$"):
-        create_app()
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"LOG_LEVEL=INFO\nLISTEN: 127.0.0.1:8081\n", "{folder}/.env:2: Must be NAME=value."),
-        (b'LISTEN="127.0.0.1:8081\n', "{folder}/.env:1: Must be NAME=value."),
-        (b"LISTEN\n", "{folder}/.env:1: Must be NAME=value."),
-        (b"postgresql://user:SECRET@host/db?a=b\n", "{folder}/.env:1: Must be NAME=value."),
-        (b"# f\xfcr\n", "{folder}/.env: Must be UTF-8."),
+        (b"LOG_LEVEL=INFO\nLISTEN: 127.0.0.1:8081\n", f":2: {NO_SETTING}"),
+        (b'LISTEN="127.0.0.1:8081\n', f":1: {NO_SETTING}"),
+        (b"LISTEN\n", f":1: {NO_SETTING}"),
+        (b"postgresql://user:SECRET@host/db?a=b\n", f":1: {NO_SETTING}"),
+        (b"AI_PROVIDER=openai\n", f":1: {NO_SETTING}"),
+        (b"# f\xfcr\n", ": Must be UTF-8."),
     ],
-    ids=["colon", "quote", "no value", "no name", "latin-1"],
+    ids=["colon", "quote", "no value", "no name", "misspelt name", "latin-1"],
 )
 def test_malformed_file_of_settings_is_refused(
     file_of_settings: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
@@ -298,7 +294,7 @@ def test_malformed_file_of_settings_is_refused(
     monkeypatch.chdir("/")  # Flask would complain of the file there itself
     with pytest.raises(ClickException) as raised:
         create_app()
-    assert raised.value.message == message.format(folder=file_of_settings.parent)
+    assert raised.value.message == f"{file_of_settings}{message}"
 
 
 def test_file_of_another_application_does_not_concern_the_service(
