@@ -20,7 +20,7 @@ from waitress.server import TcpWSGIServer
 
 from database import explain
 
-NAMES = validate.Regexp(r"[\s,]*[^\s,]", error="Must not be empty.")
+NAMES = validate.Regexp(r"[ ,]*[!-+\--~][ -~]*\Z", error="Must be names in printable ASCII.")
 NOT_EMPTY = validate.Length(1, error="Must not be empty.")
 NAME_LENGTH = validate.Length(max=30, error="Must have 1 to 30 characters. Is it the API key?")
 LEVELS = validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
@@ -60,8 +60,7 @@ def read_settings(root: Path, config: dict[str, Any]) -> dict[str, Any]:
         raise click.ClickException(explain(error)) from error
     except UnicodeError as error:
         raise click.ClickException(f"{root / '.env'}: Must be UTF-8.") from error
-    names = settings["AI_PROVIDERS"].split(",")
-    settings["AI_PROVIDERS"] = [name.strip() for name in names if name.strip()]
+    settings["AI_PROVIDERS"] = re.findall(r"[^ ,](?:[^,]*[^ ,])?", settings["AI_PROVIDERS"])
     settings["ENCRYPTION_KEY_FILE"] = root / "instance" / settings["ENCRYPTION_KEY_FILE"]
     return {**_engine_settings(settings["DATABASE_URL"], root / "instance"), **settings}
 

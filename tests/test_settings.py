@@ -59,7 +59,7 @@ def test_bad_database_url_is_one_clear_line(url: str, message: str) -> None:
 
 NO_SETTING = "Must be NAME=value, NAME one of the settings."
 RULES = {
-    "AI_PROVIDERS": "Must not be empty.",
+    "AI_PROVIDERS": "Must be names in printable ASCII.",
     "DATABASE_URL": "Must not be empty.",
     "ENCRYPTION_KEY_FILE": "Must not be empty.",
     "LISTEN": "Must be host:port, such as 127.0.0.1:8080 or [::1]:8080.",
@@ -86,6 +86,7 @@ BAD_SETTINGS = [
     ],
     *[(name, "") for name in RULES],
     ("AI_PROVIDERS", " , "),
+    ("AI_PROVIDERS", "openai,\udcff"),
 ]
 
 
