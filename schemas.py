@@ -24,6 +24,9 @@ NAMES = validate.Regexp(r"[ ,]*[!-+\--~][ -~]*\Z", error="Must be names in print
 NOT_EMPTY = validate.Length(1, error="Must not be empty.")
 NAME_LENGTH = validate.Length(max=30, error="Must have 1 to 30 characters. Is it the API key?")
 LEVELS = validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
+# What an HTTP header carries unchanged (RFC 9110, section 5.5).
+HEADER_RULE = "Must be printable ASCII on one line, spaces only inside. (A masked key is not.)"
+HEADER_VALUE = validate.Regexp(r"(?! )[ -~]*(?<! )\Z", error=HEADER_RULE)
 API_KEY_LENGTH = validate.Length(1, 4096, error="Must have 1 to 4096 characters.")
 
 
@@ -105,14 +108,6 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     return dotenv_values(path) | dict(os.environ.items() - other.items())
 
 
-def _validate_header_value(value: str) -> None:
-    # What an HTTP header carries unchanged (RFC 9110, section 5.5).
-    if value != value.strip():
-        raise ValidationError("Must not begin or end with whitespace or a line break.")
-    if not re.fullmatch(r"[ -~]*", value):
-        raise ValidationError("Must be printable ASCII. (A masked key is not.)")
-
-
 def _validate_allowed(value: str) -> None:
     if allowed := current_app.config["AI_PROVIDERS"]:
         validate.OneOf(allowed)(value)
@@ -129,9 +124,9 @@ class ProviderSchema(Schema):
     """A provider configuration, as a PUT sets it and a GET shows it."""
 
     provider = fields.String(
-        required=True, validate=[NOT_EMPTY, NAME_LENGTH, _validate_header_value, _validate_allowed]
+        required=True, validate=[NOT_EMPTY, NAME_LENGTH, HEADER_VALUE, _validate_allowed]
     )
-    api_key = SecretString(required=True, validate=[API_KEY_LENGTH, _validate_header_value])
+    api_key = SecretString(required=True, validate=[API_KEY_LENGTH, HEADER_VALUE])
     updated_at = fields.String(dump_only=True)
     updated_by = fields.String(dump_only=True)
 
