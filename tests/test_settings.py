@@ -35,21 +35,31 @@ BAD_DATABASE_URL = (
     "DATABASE_URL must be sqlite:/// and a file's path, or postgresql:// and an address, in which"
     " the special characters of a password are percent-encoded: %40 for @."
 )
+BAD_DATABASE_URLS = [
+    "nonsense",
+    "sqlite://",
+    "sqlite:///",
+    "sqlite:///:memory:",
+    "sqlite://two/slashes",
+    "oracle://u:SECRET@h/d",
+    "postgresql://user:p@SECRET@127.0.0.1:1/db",
+    "postgresql://user:p@SECRET/x@127.0.0.1:1/db",
+]
 DATABASE_URLS = {
     "nonsense": BAD_DATABASE_URL,
-    "sqlite://": BAD_DATABASE_URL,
-    "sqlite:///": BAD_DATABASE_URL,
-    "sqlite:///:memory:": BAD_DATABASE_URL,
-    "sqlite://two/slashes": BAD_DATABASE_URL,
-    "oracle://u:SECRET@h/d": BAD_DATABASE_URL,
-    "postgresql://user:p@SECRET@127.0.0.1:1/db": BAD_DATABASE_URL,
-    "postgresql://user:p@SECRET/x@127.0.0.1:1/db": BAD_DATABASE_URL,
-    "sqlite:////nowhere/x.db": (f"Database error: /nowhere/x.db is missing or empty. {REMEDY}"),
+    "sqlite:////nowhere/x.db": f"Database error: /nowhere/x.db is missing or empty. {REMEDY}",
     "postgresql://user:SECRET@127.0.0.1:1/db": (
         'Database error: connection failed: connection to server at "127.0.0.1", port 1'
         f" failed: Connection refused. {REMEDY}"
     ),
 }
+
+
+@pytest.mark.parametrize("url", BAD_DATABASE_URLS)
+def test_bad_database_url_is_refused_with_its_rule(url: str) -> None:
+    with pytest.raises(ClickException) as raised:
+        create_app({"DATABASE_URL": url})
+    assert raised.value.message == BAD_DATABASE_URL
 
 
 @pytest.mark.parametrize(("url", "message"), DATABASE_URLS.items(), ids=DATABASE_URLS)
@@ -84,15 +94,21 @@ BAD_SETTINGS = [
         ("TRUSTED_PROXY", value)
         for value in ("localhost", "nginx", "10.0.0.0/8", "*", "127.0.0.1:80")
     ],
-    *[(name, "") for name in RULES],
     ("AI_PROVIDERS", " , "),
     ("AI_PROVIDERS", "openai,\udcff"),
 ]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_SETTINGS)
-def test_bad_setting_is_one_clear_line(name: str, value: str) -> None:
-    assert run(serve, **{name: value}) == (1, "", f"Error: {name}: {RULES[name]}\n")
+def test_bad_setting_is_refused_with_its_rule(name: str, value: str) -> None:
+    with pytest.raises(ClickException) as raised:
+        create_app({name: value})
+    assert raised.value.message == f"{name}: {RULES[name]}"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_empty_setting_is_one_clear_line(name: str) -> None:
+    assert run(serve, **{name: ""}) == (1, "", f"Error: {name}: {RULES[name]}\n")
 
 
 def test_name_that_is_not_resolved_is_one_clear_line() -> None:
