@@ -141,11 +141,13 @@ class DatabaseFile:
 
     def save(self) -> None:
         """Empty the -wal into the database, if nothing is in the way."""
-        # TRUNCATE keeps writers out, who would take its time for that of a file copied over it.
         with suppress(StorageError, sqlite3.Error, OSError):  # a request tells of them
-            self.connect().executescript("PRAGMA busy_timeout=100; PRAGMA wal_checkpoint(TRUNCATE)")
-            self._opened[0] = self.path.stat().st_mtime_ns
-            self.confirm()
+            connection = self.connect()
+            with self.alone():  # or what another process has saved meanwhile would seem our own
+                self.confirm()
+                # TRUNCATE keeps writers out, who would take its time for that of a copied file.
+                connection.executescript("PRAGMA busy_timeout=100; PRAGMA wal_checkpoint(TRUNCATE)")
+                self._opened[0] = self.path.stat().st_mtime_ns
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -256,6 +256,34 @@ def test_two_processes_do_not_save_the_same_wal_at_once(
     assert start_server().get(credential).body["data"]["provider"] == "other"
 
 
+@pytest.mark.parametrize("verb", [DatabaseFile.save, DatabaseFile.close])
+def test_files_removed_before_a_save_lose_no_write_of_another_process(
+    start_server: StartServer,
+    app: Flask,
+    credential: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: Callable[[DatabaseFile], None],
+) -> None:
+    server = start_server()
+    server.put(CONFIG, credential)
+    assert stored(app)
+    connect = DatabaseFile.connect
+
+    def connect_and_lose_files(file: DatabaseFile) -> sqlite3.Connection:
+        connection = connect(file)
+        remove_files(tmp_path)
+        server.put(OTHER, credential)
+        return connection
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DatabaseFile, "connect", connect_and_lose_files)
+        verb(app.extensions["database_file"])
+    close_database(app)
+    server.stop(signal.SIGKILL)
+    assert start_server().get(credential).body["data"]["provider"] == "other"
+
+
 def test_command_beside_a_service_that_stops_is_not_refused(
     server: Server, app: Flask, credential: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,8 +295,8 @@ def test_command_beside_a_service_that_stops_is_not_refused(
         wait([pool.submit(server.stop)], timeout=0.5)
         return inodes
 
-    monkeypatch.setattr(DatabaseFile, "_require_wal", require_and_stop)
-    with ThreadPoolExecutor() as pool, app.app_context():
+    with ThreadPoolExecutor() as pool, monkeypatch.context() as patch, app.app_context():
+        patch.setattr(DatabaseFile, "_require_wal", require_and_stop)
         assert Credential.revoke(credential[:32])
 
 
@@ -450,25 +478,15 @@ def test_change_is_soon_in_the_database_itself(app: Flask, tmp_path: Path) -> No
     assert b"openai" in (tmp_path / "ai-provider.db").read_bytes()
 
 
-def test_files_removed_while_changes_are_written_are_saved_later(
-    server: Server,
-    app: Flask,
-    credential: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_files_removed_after_changes_are_written_are_saved_later(
+    server: Server, app: Flask, credential: str, tmp_path: Path
 ) -> None:
-    confirm = DatabaseFile.confirm
-
-    def write_and_lose_files(file: DatabaseFile) -> None:
-        assert server.put(OTHER, credential).status == 200
-        server.stop(signal.SIGKILL)
-        remove_files(tmp_path)
-        confirm(file)
-
     server.put(CONFIG, credential)
-    with monkeypatch.context() as patch:
-        patch.setattr(DatabaseFile, "confirm", write_and_lose_files)
-        app.extensions["database_file"].save()
+    assert stored(app)
+    app.extensions["database_file"].save()
+    assert server.put(OTHER, credential).status == 200
+    server.stop(signal.SIGKILL)
+    remove_files(tmp_path)
     with app.app_context():
         config = ProviderConfig.get()
     assert config
