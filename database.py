@@ -209,8 +209,7 @@ class DatabaseFile:
 
     def _open(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"
-        options: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
-        connection: sqlite3.Connection = sqlite3.connect(uri, uri=True, timeout=0.1, **options)
+        connection = sqlite3.connect(uri, uri=True, timeout=0.1, check_same_thread=False)
         # On disk before the answer; and in this mode, which a copy of the database may not have.
         connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
         return connection
