@@ -64,8 +64,7 @@ class Credential(Base):
         secret_hash = rows[0].secret_hash if rows else _hash_secret("")
         if not compare_digest(secret_hash, _hash_secret(api_secret)) or not rows:
             return False
-        now = utc_now("minutes")  # so that not every request writes
-        if rows[0].last_used_at != now:
+        if rows[0].last_used_at != (now := utc_now("minutes")):  # so that not every request writes
             try:
                 with transaction(patience=0):
                     execute(UPDATE_LAST_USE, key=api_key, now=now)
