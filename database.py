@@ -112,8 +112,8 @@ class DatabaseFile:
             raise sqlite3.OperationalError(f"{self.path} is missing or empty")
         with self.alone():
             is_saved = self._opened and self._close()
-            real_path = os.path.realpath(self.path)  # beside which SQLite has the other files
-            self._wal, self._shm = Path(f"{real_path}-wal"), Path(f"{real_path}-shm")
+            # SQLite has the other files beside the real one.
+            self._wal, self._shm = (Path(f"{self.path.resolve()}{end}") for end in ("-wal", "-shm"))
             kept = [] if is_saved else self._require_wal()
             try:
                 self.connection: sqlite3.Connection = self._open("rw")
@@ -145,7 +145,7 @@ class DatabaseFile:
             connection = self.connect()
             with self.alone():  # or what another process has saved meanwhile would seem our own
                 self.confirm()
-                # TRUNCATE keeps writers out, who would take its time for that of a copied file.
+                # TRUNCATE keeps writers out: they would take the new time for a copied file's.
                 connection.executescript("PRAGMA busy_timeout=100; PRAGMA wal_checkpoint(TRUNCATE)")
                 self._opened[0] = self.path.stat().st_mtime_ns
 
@@ -177,7 +177,6 @@ class DatabaseFile:
     def close(self) -> None:
         """Close, after saving what only the -wal has."""
         if self._opened:
-            self.save()  # as the last to close does, which this may not be
             with self.alone():
                 self._close()
 
@@ -186,6 +185,9 @@ class DatabaseFile:
         present = self._state()
         is_ours = present[:2] == self._opened[:2]
         if present == self._opened:
+            # As the last to close does, which this may not be. If it fails, the -wal keeps all.
+            with suppress(sqlite3.Error):
+                self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._reader.close()
         elif is_ours:
             self._save_wal()

@@ -256,14 +256,12 @@ def test_two_processes_do_not_save_the_same_wal_at_once(
     assert start_server().get(credential).body["data"]["provider"] == "other"
 
 
-@pytest.mark.parametrize("verb", [DatabaseFile.save, DatabaseFile.close])
 def test_files_removed_before_a_save_lose_no_write_of_another_process(
     start_server: StartServer,
     app: Flask,
     credential: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    verb: Callable[[DatabaseFile], None],
 ) -> None:
     server = start_server()
     server.put(CONFIG, credential)
@@ -278,7 +276,7 @@ def test_files_removed_before_a_save_lose_no_write_of_another_process(
 
     with monkeypatch.context() as patch:
         patch.setattr(DatabaseFile, "connect", connect_and_lose_files)
-        verb(app.extensions["database_file"])
+        app.extensions["database_file"].save()
     close_database(app)
     server.stop(signal.SIGKILL)
     assert start_server().get(credential).body["data"]["provider"] == "other"
