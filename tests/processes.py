@@ -176,6 +176,7 @@ def execute_command(*arguments: str) -> None:
 def execute_command_beside(root: Path, *arguments: str) -> None:
     """Do what `flask` does in a checkout in this folder."""
     app.ROOT = root
+    os.chdir(root)
     execute_command(*arguments)
 
 
