@@ -103,8 +103,8 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     with suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
         for line in parse_stream(file):
             if line.error or (line.key and (line.value is None or line.key not in names)):
-                message = "Must be NAME=value, NAME one of the settings."
-                raise ValidationError({f"{path}:{line.original.line}": [message]})
+                number = line.original.line + line.original.string.rstrip().count("\n")
+                raise ValidationError({f"{path}:{number}": ["Must be NAME=value of a setting."]})
     return dotenv_values(path) | dict(os.environ.items() - other.items())
 
 

@@ -67,7 +67,7 @@ def test_bad_database_url_is_one_clear_line(url: str, message: str) -> None:
     assert flask("credentials", "list", DATABASE_URL=url) == (1, "", f"Error: {message}\n")
 
 
-NO_SETTING = "Must be NAME=value, NAME one of the settings."
+NO_SETTING = "Must be NAME=value of a setting."
 RULES = {
     "AI_PROVIDERS": "Must be names in printable ASCII.",
     "DATABASE_URL": "Must not be empty.",
@@ -299,7 +299,7 @@ def test_setting_is_read_from_the_file(file_of_settings: Path) -> None:
         (b'LISTEN="127.0.0.1:8081\n', f":1: {NO_SETTING}"),
         (b"LISTEN\n", f":1: {NO_SETTING}"),
         (b"postgresql://user:SECRET@host/db?a=b\n", f":1: {NO_SETTING}"),
-        (b"AI_PROVIDER=openai\n", f":1: {NO_SETTING}"),
+        (b"LOG_LEVEL=INFO\n\nAI_PROVIDER=openai\n", f":3: {NO_SETTING}"),
         (b"# f\xfcr\n", ": Must be UTF-8."),
     ],
     ids=["colon", "quote", "no value", "no name", "misspelt name", "latin-1"],
