@@ -20,12 +20,12 @@ from waitress.server import TcpWSGIServer
 
 from database import explain
 
-NAMES = validate.Regexp(r"[ ,]*[!-+\--~][ -~]*\Z", error="Must be names in printable ASCII.")
+NAMES = validate.Regexp(r"[\s,]*[!-+\--~][\s!-~]*\Z", error="Must be names in printable ASCII.")
 NOT_EMPTY = validate.Length(1, error="Must not be empty.")
 NAME_LENGTH = validate.Length(max=30, error="Must have 1 to 30 characters. Is it the API key?")
 LEVELS = validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
 # What an HTTP header carries unchanged (RFC 9110, section 5.5).
-HEADER_RULE = "Must be printable ASCII on one line, spaces only inside. (A masked key is not.)"
+HEADER_RULE = "Must be one line of printable ASCII (a masked key is not), spaces only inside."
 HEADER_VALUE = validate.Regexp(r"(?! )[ -~]*(?<! )\Z", error=HEADER_RULE)
 API_KEY_LENGTH = validate.Length(1, 4096, error="Must have 1 to 4096 characters.")
 
@@ -63,7 +63,7 @@ def read_settings(root: Path, config: dict[str, Any]) -> dict[str, Any]:
         raise click.ClickException(explain(error)) from error
     except UnicodeError as error:
         raise click.ClickException(f"{root / '.env'}: Must be UTF-8.") from error
-    settings["AI_PROVIDERS"] = re.findall(r"[^ ,](?:[^,]*[^ ,])?", settings["AI_PROVIDERS"])
+    settings["AI_PROVIDERS"] = re.findall(r"[^\s,](?:[^,]*[^\s,])?", settings["AI_PROVIDERS"])
     settings["ENCRYPTION_KEY_FILE"] = root / "instance" / settings["ENCRYPTION_KEY_FILE"]
     return {**_engine_settings(settings["DATABASE_URL"], root / "instance"), **settings}
 

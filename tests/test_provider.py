@@ -11,7 +11,7 @@ from flask.testing import FlaskClient
 from database import execute, transaction
 from models import ProviderConfig, utc_now
 
-ASCII = "Must be printable ASCII on one line, spaces only inside. (A masked key is not.)"
+ASCII = "Must be one line of printable ASCII (a masked key is not), spaces only inside."
 TYPE = "Not a valid string."
 MISSING = "Missing data for required field."
 EMPTY = {"provider": "Must not be empty.", "api_key": "Must have 1 to 4096 characters."}

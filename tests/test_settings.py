@@ -446,7 +446,7 @@ def test_other_proxy_is_itself_the_client(start_server: StartServer) -> None:
 @pytest.fixture
 def restricted(app: Flask, start_app: StartApp, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the allowed names of providers."""
-    monkeypatch.setenv("AI_PROVIDERS", " openai, my own ,anthropic,")
+    monkeypatch.setenv("AI_PROVIDERS", " openai, my own ,\tanthropic,\n")
     app.config["AI_PROVIDERS"] = start_app().config["AI_PROVIDERS"]
 
 
