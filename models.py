@@ -91,11 +91,11 @@ class ProviderConfig(Base):
     updated_at: Mapped[str]
     updated_by: Mapped[str] = mapped_column(sa.String(32))
 
-    api_key = ""  # decrypted, which no column is
+    api_key = ""  # in plain text; no column
 
     @classmethod
     def get(cls) -> "ProviderConfig | None":
-        """Return the configuration, or None while nothing is set; raise StorageError."""
+        """Return the configuration, its API key decrypted, or None; raise StorageError."""
         if not (rows := execute(SELECT_CONFIG)):
             return None
         return cls(**rows[0]._asdict(), api_key=key_file.decrypt(rows[0].api_key_encrypted))
