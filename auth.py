@@ -47,7 +47,7 @@ def create_command(name: str | None) -> None:
     create_all()
     credential = Credential.issue(name)
     click.echo(credential)
-    report(f"Keep the credential safe: it is shown only once. Created {credential[:32]}.")
+    report(f"Created {credential[:32]}. Keep the credential safe: it is shown only once.")
 
 
 @credentials.command("list")

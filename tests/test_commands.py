@@ -14,7 +14,7 @@ def test_create_prints_the_credential_alone(runner: FlaskCliRunner, client: Flas
     assert result.exit_code == 0
     assert re.fullmatch(r"[A-Za-z0-9]{32}:[A-Za-z0-9]{64}\n", result.stdout)
     key = result.stdout[:32]
-    message = f"Keep the credential safe: it is shown only once. Created {key}."
+    message = f"Created {key}. Keep the credential safe: it is shown only once."
     assert result.stderr == reported(message)
     headers = {"Authorization": f"token {result.stdout.strip()}"}
     assert client.put(URL, json=CONFIG, headers=headers).status_code == 200
