@@ -25,7 +25,7 @@ NOT_EMPTY = validate.Length(1, error="Must not be empty.")
 NAME_LENGTH = validate.Length(max=30, error="Must have 1 to 30 characters. Is it the API key?")
 LEVELS = validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
 # What an HTTP header carries unchanged (RFC 9110, section 5.5).
-HEADER_RULE = "Must be one line of printable ASCII (a masked key is not), spaces only inside."
+HEADER_RULE = "Must be printable ASCII (no masked key) without line breaks or spaces at its ends."
 HEADER_VALUE = validate.Regexp(r"(?! )[ -~]*(?<! )\Z", error=HEADER_RULE)
 API_KEY_LENGTH = validate.Length(1, 4096, error="Must have 1 to 4096 characters.")
 
@@ -104,7 +104,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
         for line in parse_stream(file):
             if line.error or (line.key and (line.value is None or line.key not in names)):
                 number = line.original.line + line.original.string.rstrip().count("\n")
-                raise ValidationError({f"{path}:{number}": ["Must be NAME=value of a setting."]})
+                raise ValidationError({f"{path}:{number}": ["Must be a line as in .env.example."]})
     return dotenv_values(path) | dict(os.environ.items() - other.items())
 
 

@@ -11,7 +11,7 @@ from flask.testing import FlaskClient
 from database import execute, transaction
 from models import ProviderConfig, utc_now
 
-ASCII = "Must be one line of printable ASCII (a masked key is not), spaces only inside."
+ASCII = "Must be printable ASCII (no masked key) without line breaks or spaces at its ends."
 TYPE = "Not a valid string."
 MISSING = "Missing data for required field."
 EMPTY = {"provider": "Must not be empty.", "api_key": "Must have 1 to 4096 characters."}

@@ -67,7 +67,7 @@ def test_bad_database_url_is_one_clear_line(url: str, message: str) -> None:
     assert flask("credentials", "list", DATABASE_URL=url) == (1, "", f"Error: {message}\n")
 
 
-NO_SETTING = "Must be NAME=value of a setting."
+NO_SETTING = "Must be a line as in .env.example."
 RULES = {
     "AI_PROVIDERS": "Must be names in printable ASCII.",
     "DATABASE_URL": "Must not be empty.",
