@@ -589,6 +589,20 @@ def test_folder_that_is_moved_and_copied_is_noticed(
     assert start_server(DATABASE_URL=url).get(credential).body["data"]["provider"] == "other"
 
 
+def test_stop_leaves_a_file_in_the_place_of_the_database_alone(app: Flask, tmp_path: Path) -> None:
+    database, wal = tmp_path / "ai-provider.db", tmp_path / "ai-provider.db-wal"
+    close_database(app)
+    older = database.read_bytes()
+    with app.app_context():
+        ProviderConfig.put(**CONFIG, updated_by="a")
+    before = wal.read_bytes()
+    assert before
+    (tmp_path / "backup").write_bytes(older)
+    (tmp_path / "backup").replace(database)
+    close_database(app)
+    assert (database.read_bytes(), wal.read_bytes()) == (older, before)
+
+
 def test_stop_that_cannot_save_a_removed_wal_is_one_clear_line(
     server: Server, credential: str, tmp_path: Path
 ) -> None:
