@@ -186,6 +186,11 @@ class Server(TcpWSGIServer):
     channel_class = Channel
     adj: Any  # has the database file, too
 
+    def pull_trigger(self) -> None:
+        """Wake the loop, which is in this thread and awake, only for what it has to do next."""
+        if self.task_dispatcher.queue:
+            super().pull_trigger()
+
     def maintenance(self, now: int) -> None:
         """Close idle connections, and save the -wal, which an operator may take for waste."""
         super().maintenance(now)

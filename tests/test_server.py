@@ -13,6 +13,7 @@ import subprocess
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -270,6 +271,14 @@ def test_requests_of_one_packet_are_answered_in_their_order(server: Server) -> N
         connection.sendall(b"GET /health HTTP/1.1\r\n\r\nGET /nowhere HTTP/1.1\r\n\r\n")
         connection.sendall(b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
         assert re.findall(rb"HTTP/1.1 (\d+)", answers.read()) == [b"200", b"404", b"200"]
+
+
+def test_requests_of_one_packet_do_not_wait_for_the_next_event(server: Server) -> None:
+    started = monotonic()
+    with connect(server) as connection, connection.makefile("rb") as answers:
+        connection.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100 + b"G / HTTP/1.0\r\n\r\n")
+        assert answers.read().count(b"HTTP/1.1 404 ") == 100
+    assert monotonic() - started < 50  # the loop waits a second for an event
 
 
 def test_client_that_takes_no_answer_gets_no_other(app: Flask) -> None:
