@@ -226,6 +226,7 @@ def create_servers(app: Flask, sockets: dict[Any, Any]) -> list[schemas.Server]:
             cleanup_interval=5,
             ident="",
         )
+        limits.send_bytes = 16 * 1024  # or the headers leave before the body, in another packet
         limits.database_file = app.extensions.get("database_file")
         return [schemas.Server(app, sockets, adj=limits, sockinfo=each) for each in limits.listen]
     except (OSError, ValueError) as error:

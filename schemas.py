@@ -202,11 +202,12 @@ class Server(TcpWSGIServer):
         tasks: Any = self.task_dispatcher.queue
         for _ in range(len(tasks)):
             channel = tasks.popleft()
-            if channel.total_outbufs_len:  # the answer before was not taken yet
+            if channel.total_outbufs_len >= self.adj.send_bytes:  # they were not taken yet
                 tasks.append(channel)
                 continue
             try:
                 channel.service()
+                channel._flush_exception(channel._flush_some, do_close=False)
             except Exception:  # noqa: BLE001 (or one connection would end the loop)
                 channel.handle_error()
         return super().readable()

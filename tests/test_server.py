@@ -266,6 +266,16 @@ def test_one_thread_serves_all(server: Server) -> None:
     assert len([*Path(f"/proc/{server.process.pid}/task").iterdir()]) == 1
 
 
+def test_answer_is_one_packet(server: Server) -> None:
+    with connect(server) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        received = connection.recv(65536)
+        while b"}" not in received:
+            received += connection.recv(65536)
+        state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+    assert struct.unpack_from("I", state, 152) == (1,)  # tcpi_data_segs_in of tcp(7)
+
+
 def test_requests_of_one_packet_are_answered_in_their_order(server: Server) -> None:
     with connect(server) as connection, connection.makefile("rb") as answers:
         connection.sendall(b"GET /health HTTP/1.1\r\n\r\nGET /nowhere HTTP/1.1\r\n\r\n")
