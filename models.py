@@ -217,7 +217,7 @@ def restore_command(file: Path) -> None:
         with suppress(FileNotFoundError):  # of a database that was not closed
             Path(folder, "copy-wal").write_bytes(Path(f"{os.path.realpath(file)}-wal").read_bytes())
         with closing(sqlite3.connect(copy)) as source:
-            if not _is_intact(source):
+            if not _has_intact_tables(source):
                 raise click.ClickException(f"{file} is empty, damaged, or not of this service.")
             source.backup(present, progress=_refuse_lock)
         database_file.confirm()
@@ -243,7 +243,7 @@ def _sqlite_file(other: Path) -> database.DatabaseFile:
     return database_file
 
 
-def _is_intact(copy: sqlite3.Connection) -> bool:
+def _has_intact_tables(copy: sqlite3.Connection) -> bool:
     with suppress(sqlite3.Error):
         copy.execute(str(sa.select(*Base.metadata.sorted_tables)))
         return copy.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
