@@ -20,9 +20,10 @@ from waitress.server import TcpWSGIServer
 
 from database import explain
 
-NAMES = validate.Regexp(r"[\s,]*[!-+\--~][\s!-~]*\Z", error="Must be names in printable ASCII.")
+NAMES_RULE = "Must be names of 1 to 30 characters in printable ASCII, separated by commas."
+NAMES = validate.Regexp(r"(?s)(?!.*[^\s,][^,]{30})[\s,]*[!-+\--~][\s!-~]*\Z", error=NAMES_RULE)
 NOT_EMPTY = validate.Length(1, error="Must not be empty.")
-NAME_LENGTH = validate.Length(max=30, error="Must have 1 to 30 characters. Is it the API key?")
+PROVIDER_LENGTH = validate.Length(max=30, error="Must have 1 to 30 characters. Is it the API key?")
 LEVELS = validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
 # What an HTTP header carries unchanged (RFC 9110, section 5.5).
 HEADER_RULE = "Must be printable ASCII (no masked key) without line breaks or spaces at its ends."
@@ -124,7 +125,7 @@ class ProviderSchema(Schema):
     """A provider configuration, as a PUT sets it and a GET shows it."""
 
     provider = fields.String(
-        required=True, validate=[NOT_EMPTY, NAME_LENGTH, HEADER_VALUE, _validate_allowed]
+        required=True, validate=[NOT_EMPTY, PROVIDER_LENGTH, HEADER_VALUE, _validate_allowed]
     )
     api_key = SecretString(required=True, validate=[API_KEY_LENGTH, HEADER_VALUE])
     updated_at = fields.String(dump_only=True)

@@ -69,7 +69,7 @@ def test_bad_database_url_is_one_clear_line(url: str, message: str) -> None:
 
 NO_SETTING = "Must be a line as in .env.example."
 RULES = {
-    "AI_PROVIDERS": "Must be names in printable ASCII.",
+    "AI_PROVIDERS": "Must be names of 1 to 30 characters in printable ASCII, separated by commas.",
     "DATABASE_URL": "Must not be empty.",
     "ENCRYPTION_KEY_FILE": "Must not be empty.",
     "LISTEN": "Must be host:port, such as 127.0.0.1:8080 or [::1]:8080.",
@@ -95,6 +95,7 @@ BAD_SETTINGS = [
         for value in ("localhost", "nginx", "10.0.0.0/8", "*", "127.0.0.1:80")
     ],
     ("AI_PROVIDERS", " , "),
+    ("AI_PROVIDERS", "openai,\n my " + "x" * 28),
     ("AI_PROVIDERS", "openai,\udcff"),
 ]
 
@@ -446,7 +447,7 @@ def test_other_proxy_is_itself_the_client(start_server: StartServer) -> None:
 @pytest.fixture
 def restricted(app: Flask, start_app: StartApp, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the allowed names of providers."""
-    monkeypatch.setenv("AI_PROVIDERS", " openai, my own ,\tanthropic,\n")
+    monkeypatch.setenv("AI_PROVIDERS", " openai, my own ,\tanthropic,\n" + " " * 30)
     app.config["AI_PROVIDERS"] = start_app().config["AI_PROVIDERS"]
 
 
