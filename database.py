@@ -34,9 +34,7 @@ class Base(DeclarativeBase):
         self.__dict__.update(row)
 
 
-# A server of PostgreSQL may have been restarted since the last request.
-ENGINE_OPTIONS = {"isolation_level": "AUTOCOMMIT", "pool_pre_ping": True}
-db = SQLAlchemy(model_class=Base, engine_options=ENGINE_OPTIONS)
+db = SQLAlchemy(model_class=Base)
 # How a transaction keeps other writers out, after waiting for at most {} milliseconds.
 BEGIN = {
     "sqlite": ["PRAGMA busy_timeout = {}", "BEGIN IMMEDIATE"],
@@ -51,8 +49,7 @@ def init_app(app: Flask) -> None:
         db.init_app(app)
     except ImportError as error:
         raise StorageError("PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'") from error
-    app.teardown_appcontext(_close_connection)
-    url = app.config["SQLALCHEMY_DATABASE_URI"]
+    url = app.config["SQLALCHEMY_ENGINE_OPTIONS"]["url"]
     if url.drivername == "sqlite":
         app.extensions["database_file"] = database_file = DatabaseFile(Path(url.database))
         if context := click.get_current_context(silent=True):
@@ -270,11 +267,6 @@ def transaction(patience: float = 1) -> Iterator[None]:
 def _connection() -> Any:  # noqa: ANN401
     # One for a request or command; SQLite's files are looked at once for it.
     if "connection" not in g:
-        database_file = current_app.extensions.get("database_file")
-        g.connection = database_file.connect() if database_file else db.engine.raw_connection()
+        file = current_app.extensions.get("database_file")
+        g.connection = file.connect() if file else db.session.connection().connection
     return g.connection
-
-
-def _close_connection(_error: BaseException | None) -> None:
-    if "database_file" not in current_app.extensions and "connection" in g:
-        g.connection.close()

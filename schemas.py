@@ -66,11 +66,11 @@ def read_settings(root: Path, config: dict[str, Any]) -> dict[str, Any]:
         raise click.ClickException(f"{root / '.env'}: Must be UTF-8.") from error
     settings["AI_PROVIDERS"] = re.findall(r"[^\s,](?:[^,]*[^\s,])?", settings["AI_PROVIDERS"])
     settings["ENCRYPTION_KEY_FILE"] = root / "instance" / settings["ENCRYPTION_KEY_FILE"]
-    return {**_engine_settings(settings["DATABASE_URL"], root / "instance"), **settings}
+    engine_options = _engine_options(settings["DATABASE_URL"], root / "instance")
+    return {"SQLALCHEMY_ENGINE_OPTIONS": engine_options, **settings}
 
 
-def _engine_settings(database_url: str, folder: Path) -> dict[str, Any]:
-    # Those of Flask-SQLAlchemy.
+def _engine_options(database_url: str, folder: Path) -> dict[str, Any]:
     with suppress(sa.exc.ArgumentError, ValueError):
         url = sa.make_url(database_url)
         is_postgresql = url.drivername in {"postgres", "postgresql", "postgresql+psycopg"}
@@ -79,12 +79,14 @@ def _engine_settings(database_url: str, folder: Path) -> dict[str, Any]:
             session = f"{url.query.get('options', '')} -c lock_timeout=2s -c synchronous_commit=on"
             limits = {"connect_timeout": "2", "tcp_user_timeout": "4000", "client_encoding": "utf8"}
             url = url.set(drivername="postgresql+psycopg").update_query_dict(limits)
-            return {"SQLALCHEMY_DATABASE_URI": url.update_query_dict({"options": session})}
+            url = url.update_query_dict({"options": session})
+            options = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
+            # The server may have been restarted since the last request.
+            return {"url": url, "pool_pre_ping": True, **options}
         no_file = url.host or url.query or url.database in {None, "", ":memory:"}
         if url.drivername == "sqlite" and not no_file:
             url = url.set(database=str(folder / str(url.database)))
-            named = {"paramstyle": "named"}
-            return {"SQLALCHEMY_DATABASE_URI": url, "SQLALCHEMY_ENGINE_OPTIONS": named}
+            return {"url": url, "paramstyle": "named"}
     raise click.ClickException(
         "DATABASE_URL must be sqlite:/// and a file's path, or postgresql:// and an address, in"
         " which the special characters of a password are percent-encoded: %40 for @."
