@@ -100,6 +100,7 @@ class DatabaseFile:
         """Open nothing before the first statement."""
         self.path = path
         self._opened: list[int] = []
+        self._changes = 0
 
     def connect(self) -> sqlite3.Connection:
         """Return the connection to the files that have the names now."""
@@ -137,13 +138,16 @@ class DatabaseFile:
         self._opened = present  # a commit may write to the database itself
 
     def save(self) -> None:
-        """Empty the -wal into the database, if nothing is in the way."""
+        """Write the -wal into the database, if nothing is in the way; empty it at rest."""
         with suppress(StorageError, sqlite3.Error, OSError):  # a request tells of them
             connection = self.connect()
             with self.alone():  # or what another process has saved meanwhile would seem our own
                 self.confirm()
-                # TRUNCATE keeps writers out: they would take the new time for a copied file's.
-                connection.executescript("PRAGMA busy_timeout=100; PRAGMA wal_checkpoint(TRUNCATE)")
+                # While changes come, it is overwritten, which is faster than growing anew. Both
+                # modes keep writers out: they would take the new time for a copied file's.
+                changes, self._changes = self._changes, connection.total_changes
+                mode = "TRUNCATE" if changes == self._changes else "RESTART"
+                connection.executescript(f"PRAGMA busy_timeout=100; PRAGMA wal_checkpoint({mode})")
                 self._opened[0] = self.path.stat().st_mtime_ns
 
     @contextmanager

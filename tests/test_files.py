@@ -491,6 +491,17 @@ def test_files_removed_after_changes_are_written_are_saved_later(
     assert config.provider == "other"
 
 
+def test_wal_keeps_its_place_on_disk_while_changes_come(app: Flask, tmp_path: Path) -> None:
+    wal, sizes = tmp_path / "ai-provider.db-wal", []
+    with app.app_context():
+        ProviderConfig.put("openai", "key", "author")
+    for _ in range(2):
+        app.extensions["database_file"].save()
+        sizes.append(wal.stat().st_size)
+    assert sizes[0] > 0
+    assert sizes[1] == 0
+
+
 def test_file_copied_over_a_database_at_rest_is_not_undone(app: Flask, tmp_path: Path) -> None:
     database, backup = tmp_path / "ai-provider.db", tmp_path / "backup"
     with app.app_context():
@@ -501,6 +512,7 @@ def test_file_copied_over_a_database_at_rest_is_not_undone(app: Flask, tmp_path:
     [server] = create_servers(app, {})
     with closing(server):
         server.maintenance(0)
+        server.maintenance(5)
     database.write_bytes(backup.read_bytes())
     with app.app_context():
         config = ProviderConfig.get()
