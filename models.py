@@ -9,7 +9,7 @@ from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from secrets import compare_digest, token_hex
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 
 import click
 import sqlalchemy as sa
@@ -147,10 +147,10 @@ def create_all() -> None:
     with suppress(OSError):  # it is there, or not needed
         Path(current_app.instance_path).mkdir(0o700)
     with storage_errors():
-        # One process at a time: create_all looks first, and creates then.
-        if "database_file" in current_app.extensions:
-            _create_sqlite_file(current_app.extensions["database_file"])
+        if database_file := current_app.extensions.get("database_file"):
+            _create_sqlite_file(database_file.path)
         else:
+            # One process at a time: create_all looks first, and creates then.
             engine = db.engine.execution_options(isolation_level="READ COMMITTED")
             with engine.begin() as connection:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(5741)))  # any number
@@ -161,25 +161,22 @@ def create_all() -> None:
                 key_file.create()
 
 
-def _create_sqlite_file(database_file: database.DatabaseFile) -> None:
-    path = Path(os.path.realpath(database_file.path))
-    wal, new = Path(f"{path}-wal"), Path(f"{path}.new")
+def _create_sqlite_file(link: Path) -> None:
+    path = Path(os.path.realpath(link))
+    wal = Path(f"{path}-wal")
     if wal.exists() and not path.exists():
         raise StorageError(f"{path} is gone. Put it back, or move {wal} away, too.")
-    TemporaryFile(dir=path.parent).close()  # or raise PermissionError
-    with database_file.alone():
+    with NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.") as new:
         if path.exists():
             return
-        new.unlink(missing_ok=True)  # of a start that was killed
-        new.touch()
-        new.chmod(0o600)  # SQLite gives the files beside it the same mode
-        with closing(sqlite3.connect(new)) as connection:
+        Path(new.name).chmod(0o600)  # SQLite gives the files beside it the same mode
+        with closing(sqlite3.connect(new.name)) as connection:
             for table in Base.metadata.sorted_tables:
                 connection.execute(str(sa.schema.CreateTable(table)))
             connection.execute("PRAGMA journal_mode = WAL")
-        os.link(new, path)  # replaces nothing
-        new.unlink()
-        current_app.logger.warning("Created database %s.", path)
+        with suppress(FileExistsError):  # another process was faster
+            os.link(new.name, path)
+            current_app.logger.warning("Created database %s.", path)
 
 
 @click.command("backup")
