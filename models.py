@@ -1,6 +1,7 @@
 """What is stored: the clients' credentials and the provider configuration."""
 
 import os
+import re
 import sqlite3
 from contextlib import closing, suppress
 from datetime import datetime, timezone
@@ -184,18 +185,19 @@ def _create_sqlite_file(link: Path) -> None:
 @with_appcontext
 def backup_command(file: Path) -> None:
     """Write the database, as it is at one moment, to FILE or, for -, to standard output."""
-    database_file = _sqlite_file(file)
-    folder = None if str(file) == "-" else file.parent
-    with storage_errors(), TemporaryDirectory(dir=folder) as private_folder:
-        allowed = {b"", b"SQLite format 3\0"}  # no encryption key, above all
-        if folder and file.exists() and not (file.is_file() and file.read_bytes()[:16] in allowed):
-            raise click.ClickException(f"{file} is not a database, and is not replaced.")
-        copy = Path(private_folder, file.name)
+    database_file, place = _sqlite_file(file), Path(os.path.realpath(file))
+    folder = None if str(file) == "-" else place.parent
+    with storage_errors(), TemporaryDirectory(dir=folder, prefix=f"{file.name}.") as private_folder:
+        older = place.read_bytes() if place.is_file() else b"of another kind"
+        is_backup = older.startswith(b"SQLite format 3\0") and b"TABLE provider_config" in older
+        if folder and place.exists() and older and not is_backup:
+            raise click.ClickException(f"{file} is no backup of this service, and is not replaced.")
+        copy = Path(private_folder, "copy")
         copy.touch(0o600)
         with closing(sqlite3.connect(copy)) as target:
             database_file.connect().backup(target)
         if folder:
-            copy.replace(file)
+            copy.replace(place)
         else:
             click.echo(copy.read_bytes(), nl=False)
     click.echo(f"Backed up {database_file.path} to {file}.", err=True)
@@ -220,8 +222,8 @@ def restore_command(file: Path) -> None:
         database_file.confirm()
     report(f"Restored {database_file.path} from {file}.")
     try:
-        ProviderConfig.get()
-        click.echo("The present encryption key decrypts what was restored.", err=True)
+        if ProviderConfig.get():
+            click.echo("The present encryption key decrypts what was restored.", err=True)
     except StorageError as error:
         click.echo(f"Warning: {error}", err=True)
 
@@ -235,8 +237,8 @@ def _sqlite_file(other: Path) -> database.DatabaseFile:
     database_file: database.DatabaseFile | None = current_app.extensions.get("database_file")
     if not database_file:
         raise click.ClickException("Use pg_dump and pg_restore for a PostgreSQL database.")
-    if os.path.realpath(other) == os.path.realpath(database_file.path):
-        raise click.ClickException(f"{other} is the database itself.")
+    if re.sub("-(wal|shm)$", "", os.path.realpath(other)) == os.path.realpath(database_file.path):
+        raise click.ClickException(f"{other} belongs to the database.")
     return database_file
 
 

@@ -186,15 +186,16 @@ def test_backup_that_cannot_be_read_is_one_clear_line(
     assert (result.exit_code, result.stderr) == (1, f"Error: {tmp_path / name}: {fault}.\n")
 
 
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
 @pytest.mark.parametrize("command", ["backup", "restore"])
 def test_database_is_not_its_own_backup(
-    app: Flask, runner: FlaskCliRunner, tmp_path: Path, command: str
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path, command: str, suffix: str
 ) -> None:
     put(app, "first")
     link = tmp_path / "link"
-    link.symlink_to(tmp_path / "ai-provider.db")
+    link.symlink_to(tmp_path / f"ai-provider.db{suffix}")
     result = runner.invoke(args=[command, str(link)])
-    assert (result.exit_code, result.stderr) == (1, f"Error: {link} is the database itself.\n")
+    assert (result.exit_code, result.stderr) == (1, f"Error: {link} belongs to the database.\n")
 
 
 def test_link_to_itself_is_replaced_by_a_backup(
@@ -205,6 +206,28 @@ def test_link_to_itself_is_replaced_by_a_backup(
     link.symlink_to(link)
     assert runner.invoke(args=["backup", str(link)]).exit_code == 0
     assert not link.is_symlink()
+
+
+def test_backup_goes_where_a_link_leads(app: Flask, runner: FlaskCliRunner, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other" / "backup")
+    put(app, "first")
+    for _ in range(2):
+        assert runner.invoke(args=["backup", str(tmp_path / "link")]).exit_code == 0
+    assert (tmp_path / "link").is_symlink()
+    assert [*(tmp_path / "other").iterdir()] == [tmp_path / "other" / "backup"]
+
+
+@pytest.mark.usefixtures("app")
+def test_restore_without_a_provider_needs_no_key(
+    runner: FlaskCliRunner, tmp_path: Path, key_file: Path
+) -> None:
+    backup = str(tmp_path / "backup")
+    assert runner.invoke(args=["backup", backup]).exit_code == 0
+    key_file.unlink()
+    result = runner.invoke(args=["restore", backup])
+    assert result.exit_code == 0
+    assert result.stderr == reported(f"Restored {tmp_path}/ai-provider.db from {backup}.")
 
 
 def test_restore_tells_when_the_key_is_another(
@@ -265,8 +288,14 @@ def make_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize("change", [Path.touch, make_pipe])
-def test_what_is_no_database_is_not_replaced_by_a_backup(
+def make_other_database(path: Path) -> None:
+    path.unlink()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE note (text)")
+
+
+@pytest.mark.parametrize("change", [Path.touch, make_pipe, make_other_database])
+def test_what_is_no_backup_is_not_replaced_by_one(
     app: Flask, runner: FlaskCliRunner, key_file: Path, change: Callable[[Path], object]
 ) -> None:
     put(app, "first")
@@ -274,7 +303,9 @@ def test_what_is_no_database_is_not_replaced_by_a_backup(
     before = key_file.stat()
     result = runner.invoke(args=["backup", str(key_file)])
     assert result.exit_code == 1
-    assert result.stderr == f"Error: {key_file} is not a database, and is not replaced.\n"
+    assert (
+        result.stderr == f"Error: {key_file} is no backup of this service, and is not replaced.\n"
+    )
     assert key_file.stat().st_ino == before.st_ino
 
 
