@@ -110,7 +110,7 @@ def clear_command() -> None:
 def rotate_key_command() -> None:
     """Encrypt with a new key; the old ones still decrypt."""
     ProviderConfig.rotate()
-    database.report(f"Rotated: {key_file.path} has a new first key.")
+    database.report(f"Rotated: {key_file.path} has a new first key. Copy it again.")
 
 
 def _handle_validation_error(error: ValidationError) -> tuple[dict[str, object], int]:
@@ -230,7 +230,7 @@ def create_servers(app: Flask, sockets: dict[Any, Any]) -> list[schemas.Server]:
         limits.database_file = app.extensions.get("database_file")
         return [schemas.Server(app, sockets, adj=limits, sockinfo=each) for each in limits.listen]
     except (OSError, ValueError) as error:
-        raise click.ClickException(f"LISTEN={listen} must be free and local: {error}") from error
+        raise click.ClickException(f"LISTEN={listen} cannot be served: {error}") from error
 
 
 def _stop_on_signals(sockets: dict[Any, Any]) -> None:

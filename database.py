@@ -78,7 +78,7 @@ def storage_errors() -> Iterator[None]:
 
 def report(message: str) -> None:
     """Say what a command changed, and why the log of the service does not."""
-    click.echo(f"{message} (Not in the log, which only the service writes.)", err=True)
+    click.echo(f"{message} (Not in the service's log: only the service writes there.)", err=True)
 
 
 def explain(error: OSError) -> str:
@@ -107,7 +107,7 @@ class DatabaseFile:
         if self._opened and self._state() == self._opened:
             return self.connection
         if not self.path.is_file() or not self.path.stat().st_size:
-            raise sqlite3.OperationalError(f"{self.path} is missing or empty")
+            raise sqlite3.OperationalError(f"{self.path} is missing, empty, or no file")
         with self.alone():
             is_saved = self._opened and self._close()
             # SQLite has the other files beside the real one.

@@ -12,10 +12,8 @@ from database import StorageError, explain, transaction
 class DecryptionError(StorageError):
     """A key file that is missing, malformed, or has no key for what is stored."""
 
-    public = (
-        "The encryption key file is missing or damaged, or has no key for what is stored."
-        " Put the right one back, or set the provider again after moving a damaged one away."
-    )
+    remedy = "Put the right one back, or set the provider again after moving a damaged one away."
+    public = f"The encryption key file is missing, damaged, or lacks the right key. {remedy}"
 
 
 class KeyFile:
@@ -41,7 +39,7 @@ class KeyFile:
                 self.cipher, self.version = MultiFernet([Fernet(key) for key in keys]), version
         except (FileNotFoundError, ValueError) as error:
             cause = getattr(error, "strerror", "not Fernet keys")
-            raise DecryptionError(f"{path}: {cause}. {DecryptionError.public}") from error
+            raise DecryptionError(f"{path}: {cause}. {DecryptionError.remedy}") from error
         except OSError as error:
             raise StorageError(f"ENCRYPTION_KEY_FILE: {explain(error)}") from error
         return self.cipher
@@ -58,7 +56,7 @@ class KeyFile:
             return self.read().decrypt(token).decode()
         except (InvalidToken, ValueError) as error:
             cause = f"{self.path}: no key in it decrypts what is stored."
-            raise DecryptionError(f"{cause} {DecryptionError.public}") from error
+            raise DecryptionError(f"{cause} {DecryptionError.remedy}") from error
 
     def create(self) -> None:
         """Generate the file, unless anything has its name, within the caller's transaction."""

@@ -107,7 +107,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
         for line in parse_stream(file):
             if line.error or (line.key and (line.value is None or line.key not in names)):
                 number = line.original.line + line.original.string.rstrip().count("\n")
-                raise ValidationError({f"{path}:{number}": ["Must be a line as in .env.example."]})
+                raise ValidationError({f"{path}:{number}": ["Must be a setting of .env.example."]})
     return dotenv_values(path) | dict(os.environ.items() - other.items())
 
 

@@ -323,7 +323,7 @@ def forget_last_use(database_url: str) -> None:
 
 def reported(message: str) -> str:
     """Return what a command prints of a change."""
-    return f"{message} (Not in the log, which only the service writes.)\n"
+    return f"{message} (Not in the service's log: only the service writes there.)\n"
 
 
 def flask(*arguments: str, **settings: str) -> tuple[int, str, str]:
@@ -349,8 +349,8 @@ INTERNAL_ERROR = failure(
     "GeneralException",
     "What is stored cannot be read or written. If that lasts, the log names the cause.",
 )
+KEY_REMEDY = "Put the right one back, or set the provider again after moving a damaged one away."
 UNREADABLE = failure(
     "GeneralException",
-    "The encryption key file is missing or damaged, or has no key for what is stored."
-    " Put the right one back, or set the provider again after moving a damaged one away.",
+    f"The encryption key file is missing, damaged, or lacks the right key. {KEY_REMEDY}",
 )

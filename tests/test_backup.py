@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import (
     CONFIG,
+    KEY_REMEDY,
     OTHER,
     OTHER_ENCRYPTION_KEY,
-    UNREADABLE,
     Server,
     flask,
     locked,
@@ -237,7 +237,7 @@ def test_restore_tells_when_the_key_is_another(
     result = runner.invoke(args=["restore", str(backup)])
     assert result.exit_code == 0
     cause = f"{key_file}: no key in it decrypts what is stored."
-    assert result.stderr == restored(tmp_path, backup, f"Warning: {cause} {UNREADABLE['message']}")
+    assert result.stderr == restored(tmp_path, backup, f"Warning: {cause} {KEY_REMEDY}")
 
 
 def test_restore_is_told_apart_from_the_fault_that_follows(

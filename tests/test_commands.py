@@ -2,7 +2,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import API_KEY, CONFIG, OTHER_ENCRYPTION_KEY, UNREADABLE, URL, on_both, reported
+from conftest import API_KEY, CONFIG, KEY_REMEDY, OTHER_ENCRYPTION_KEY, URL, on_both, reported
 from flask.testing import FlaskClient, FlaskCliRunner
 
 from app import create_app
@@ -152,7 +152,7 @@ def test_unreadable_api_key_is_an_error(
     result = runner.invoke(args=["provider", "show", *option])
     assert (result.exit_code, result.stdout) == (1, "")
     cause = f"{key_file}: no key in it decrypts what is stored."
-    assert result.stderr.endswith(f"Error: {cause} {UNREADABLE['message']}\n")
+    assert result.stderr.endswith(f"Error: {cause} {KEY_REMEDY}\n")
 
 
 def test_credential_that_is_no_text_cannot_be_revoked(runner: FlaskCliRunner) -> None:

@@ -44,7 +44,7 @@ def test_rotation_puts_a_new_key_first_and_encrypts_with_it(
     assert (result.exit_code, result.stdout, result.stderr) == (
         0,
         "",
-        reported(f"Rotated: {key_file} has a new first key."),
+        reported(f"Rotated: {key_file} has a new first key. Copy it again."),
     )
     new, kept = key_file.read_bytes().split()
     assert kept == old != new

@@ -12,8 +12,8 @@ from click import ClickException
 from conftest import (
     CONFIG,
     INTERNAL_ERROR,
+    KEY_REMEDY,
     REMEDY,
-    UNREADABLE,
     URL,
     Server,
     StartApp,
@@ -47,7 +47,9 @@ BAD_DATABASE_URLS = [
 ]
 DATABASE_URLS = {
     "nonsense": BAD_DATABASE_URL,
-    "sqlite:////nowhere/x.db": f"Database error: /nowhere/x.db is missing or empty. {REMEDY}",
+    "sqlite:////nowhere/x.db": (
+        f"Database error: /nowhere/x.db is missing, empty, or no file. {REMEDY}"
+    ),
     "postgresql://user:SECRET@127.0.0.1:1/db": (
         'Database error: connection failed: connection to server at "127.0.0.1", port 1'
         f" failed: Connection refused. {REMEDY}"
@@ -67,7 +69,7 @@ def test_bad_database_url_is_one_clear_line(url: str, message: str) -> None:
     assert flask("credentials", "list", DATABASE_URL=url) == (1, "", f"Error: {message}\n")
 
 
-NO_SETTING = "Must be a line as in .env.example."
+NO_SETTING = "Must be a setting of .env.example."
 RULES = {
     "AI_PROVIDERS": "Must be names of 1 to 30 characters in printable ASCII, separated by commas.",
     "DATABASE_URL": "Must not be empty.",
@@ -115,9 +117,7 @@ def test_empty_setting_is_one_clear_line(name: str) -> None:
 def test_name_that_is_not_resolved_is_one_clear_line() -> None:
     status, output, log = run(serve, LISTEN="nowhere.invalid:80")
     assert (status, output) == (1, "")
-    assert log.splitlines()[-1].startswith(
-        "Error: LISTEN=nowhere.invalid:80 must be free and local: "
-    )
+    assert log.splitlines()[-1].startswith("Error: LISTEN=nowhere.invalid:80 cannot be served: ")
     assert "Traceback" not in log
 
 
@@ -138,7 +138,7 @@ def test_port_taken_is_one_clear_line(start_server: StartServer) -> None:
     assert run(serve, LISTEN=listen) == (
         1,
         "",
-        f"Error: LISTEN={listen} must be free and local: [Errno 98] Address already in use\n",
+        f"Error: LISTEN={listen} cannot be served: [Errno 98] Address already in use\n",
     )
 
 
@@ -148,7 +148,7 @@ def test_unusable_key_file_is_one_clear_line(key_file: Path, content: bytes) -> 
     status, output, log = run(serve)
     assert (status, output) == (1, "")
     assert "Traceback" not in log
-    assert log.endswith(f"\nError: {key_file}: not Fernet keys. {UNREADABLE['message']}\n")
+    assert log.endswith(f"\nError: {key_file}: not Fernet keys. {KEY_REMEDY}\n")
     assert key_file.read_bytes() == content
 
 

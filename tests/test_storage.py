@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from conftest import (
     CONFIG,
     INTERNAL_ERROR,
+    KEY_REMEDY,
     OTHER_ENCRYPTION_KEY,
     REMEDY,
     UNREADABLE,
@@ -270,7 +271,7 @@ def test_unreadable_key_is_an_error_in_the_log_of_the_start(
         key_file.write_bytes(content)
     server = start_server()
     assert server.request("GET", "/health").status == 503
-    error = re.escape(f" ERROR {key_file}: ") + ".*" + re.escape(str(UNREADABLE["message"]))
+    error = re.escape(f" ERROR {key_file}: ") + ".*" + re.escape(KEY_REMEDY)
     assert re.search(error, server.stop())
 
 
