@@ -125,8 +125,7 @@ def _handle_storage_error(error: database.StorageError) -> tuple[dict[str, objec
 
 def _handle_http_exception(error: HTTPException) -> tuple[dict[str, object], int, Headers]:
     status = error.code or 500
-    headers = Headers(error.get_headers())
-    headers["Content-Type"] = "application/json"
+    headers = Headers(error.get_headers()) | {"Content-Type": "application/json"}
     message = error.description or error.name
     if error.description == type(error).description:
         message = MESSAGES.get(status, message).format(allow=headers.get("Allow"))
