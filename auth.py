@@ -12,7 +12,6 @@ from database import report
 from models import Credential, create_all
 
 CREDENTIAL = re.compile(r"token ([A-Za-z0-9]{32}):([A-Za-z0-9]{64})")
-UNKNOWN = "No credential has this API key. `flask credentials list` shows those that exist."
 
 credentials = AppGroup("credentials", help="Manage the credentials of the API's clients.")
 
@@ -66,5 +65,5 @@ def revoke_command(api_key: str) -> None:
     """Make the credential of this API key invalid from the next request on."""
     api_key = api_key.strip().partition(":")[0]  # of the whole credential, too
     if not api_key.isascii() or not Credential.revoke(api_key):
-        raise click.ClickException(UNKNOWN)
+        raise click.ClickException("No credential has this API key. See `flask credentials list`.")
     report(f"Revoked {api_key}.")

@@ -22,8 +22,8 @@ from database import explain
 
 NAMES_RULE = "Must be names of 1 to 30 characters in printable ASCII, separated by commas."
 NAMES = validate.Regexp(r"(?s)(?!.*[^\s,][^,]{30})[\s,]*[!-+\--~][\s!-~]*\Z", error=NAMES_RULE)
-NOT_EMPTY = validate.Length(1, error="Must not be empty.")
-PROVIDER_LENGTH = validate.Length(max=30, error="Must have 1 to 30 characters. Is it the API key?")
+NOT_EMPTY = validate.Length(1, error="Must not be empty. Leave it out for the default.")
+NAME_LENGTH = validate.Length(1, 30, error="Must have 1 to 30 characters. Is it the API key?")
 LEVELS = validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
 # What an HTTP header carries unchanged (RFC 9110, section 5.5).
 HEADER_RULE = "Must be printable ASCII (no masked key) without line breaks or spaces at its ends."
@@ -126,9 +126,7 @@ class SecretString(fields.String):
 class ProviderSchema(Schema):
     """A provider configuration, as a PUT sets it and a GET shows it."""
 
-    provider = fields.String(
-        required=True, validate=[NOT_EMPTY, PROVIDER_LENGTH, HEADER_VALUE, _validate_allowed]
-    )
+    provider = fields.String(required=True, validate=[NAME_LENGTH, HEADER_VALUE, _validate_allowed])
     api_key = SecretString(required=True, validate=[API_KEY_LENGTH, HEADER_VALUE])
     updated_at = fields.String(dump_only=True)
     updated_by = fields.String(dump_only=True)

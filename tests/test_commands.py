@@ -90,7 +90,7 @@ def test_revoke_of_an_unknown_credential_is_an_error(
     result = runner.invoke(args=revoke)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
-        "Error: No credential has this API key. `flask credentials list` shows those that exist.\n"
+        "Error: No credential has this API key. See `flask credentials list`.\n"
     )
 
 

@@ -72,8 +72,8 @@ def test_bad_database_url_is_one_clear_line(url: str, message: str) -> None:
 NO_SETTING = "Must be a setting of .env.example."
 RULES = {
     "AI_PROVIDERS": "Must be names of 1 to 30 characters in printable ASCII, separated by commas.",
-    "DATABASE_URL": "Must not be empty.",
-    "ENCRYPTION_KEY_FILE": "Must not be empty.",
+    "DATABASE_URL": "Must not be empty. Leave it out for the default.",
+    "ENCRYPTION_KEY_FILE": "Must not be empty. Leave it out for the default.",
     "LISTEN": "Must be host:port, such as 127.0.0.1:8080 or [::1]:8080.",
     "LOG_LEVEL": "Must be one of: DEBUG, INFO, WARNING, ERROR.",
     "TRUSTED_PROXY": "Not a valid IP address.",
