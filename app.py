@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import logging
 import os
+import re
 import socket
 from contextlib import suppress
 from ipaddress import ip_address
@@ -265,7 +266,7 @@ def main() -> None:
     app.logger.info("Serving version %s on %s", VERSION, url)
     # Under systemd, `systemctl start` waits for this (sd_notify(3)).
     with suppress(KeyError, OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1))
+        systemd.sendto(b"READY=1", re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"]))
     server.run()
     app.logger.info("Stopped version %s on %s", VERSION, url)
 

@@ -94,7 +94,7 @@ def test_each_line_of_a_traceback_has_its_priority() -> None:
 def test_systemd_is_told_when_the_service_answers(
     start_server: StartServer, tmp_path: Path, prefix: str
 ) -> None:
-    address = f"{tmp_path}/notify"
+    address = f"{tmp_path}/user@1"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(f"\0{address}" if prefix else address)
         start_server(NOTIFY_SOCKET=prefix + address)
