@@ -25,7 +25,7 @@ from encryption import key_file
 
 def utc_now(timespec: str = "seconds") -> str:
     """Return the time in UTC as ISO 8601, the form in which it is stored and shown."""
-    return datetime.now(timezone.utc).isoformat(timespec=timespec)[:-6] + "Z"
+    return datetime.now(timezone.utc).isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
 def _hash_secret(api_secret: str) -> str:
