@@ -115,13 +115,12 @@ def rotate_key_command() -> None:
 
 
 def _handle_validation_error(error: ValidationError) -> tuple[dict[str, object], int]:
-    return schemas.failure(400, schemas.summarize(error), error.messages_dict), 400
+    return schemas.failure(400, schemas.summarize(error), error.messages_dict)
 
 
 def _handle_storage_error(error: database.StorageError) -> tuple[dict[str, object], int]:
     current_app.logger.error("%s", error)
-    status = 503 if request.endpoint == "health" else 500
-    return schemas.failure(status, error.public), status
+    return schemas.failure(503 if request.endpoint == "health" else 500, error.public)
 
 
 def _handle_http_exception(error: HTTPException) -> tuple[dict[str, object], int, Headers]:
@@ -130,7 +129,7 @@ def _handle_http_exception(error: HTTPException) -> tuple[dict[str, object], int
     message = error.description or error.name
     if error.description == type(error).description:
         message = MESSAGES.get(status, message).format(allow=headers.get("Allow"))
-    return schemas.failure(status, message), status, headers
+    return *schemas.failure(status, message), headers
 
 
 def _begin_request() -> None:

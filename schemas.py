@@ -225,8 +225,8 @@ def success(data: object) -> dict[str, object]:
     return {"status": "success", "data": data}
 
 
-def failure(status: int, message: str, data: object = None) -> dict[str, object]:
-    """Return the envelope of an error with this HTTP status."""
+def failure(status: int, message: str, data: object = None) -> tuple[dict[str, object], int]:
+    """Return the envelope of an error, and its HTTP status."""
     usual = "InputException" if status < 500 else "GeneralException"
     error_type = {401: "UnauthorizedException", 404: "NotFoundException"}.get(status, usual)
-    return {"status": "error", "message": message, "error_type": error_type, "data": data}
+    return {"status": "error", "message": message, "error_type": error_type, "data": data}, status
