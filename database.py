@@ -116,7 +116,8 @@ class DatabaseFile:
             try:
                 self.connection: sqlite3.Connection = self._open("rw")
                 self._reader, self._opened = self.connection, [0]
-                present = [*self._state(), 0, 0][:4]  # 0 if it was removed meanwhile
+                # 0, which no later look returns, for what was removed meanwhile.
+                present = [*self._state(), 0, 0][:4]
                 kept = kept or present[2:]
                 self._reader = self._open("ro")
                 if kept == present[2:]:

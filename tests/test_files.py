@@ -534,6 +534,18 @@ def test_lock_of_another_program_is_an_error_after_a_bounded_wait(
         assert ProviderConfig.get() is None
 
 
+def test_save_beside_another_process_that_opens_or_closes_waits(app: Flask, tmp_path: Path) -> None:
+    with app.app_context():
+        ProviderConfig.put("openai", "key", "author")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    app.extensions["database_file"].save()
+    assert b"openai" not in (tmp_path / "ai-provider.db").read_bytes()
+    os.close(folder)
+    app.extensions["database_file"].save()
+    assert b"openai" in (tmp_path / "ai-provider.db").read_bytes()
+
+
 def test_database_that_is_a_loop_of_links_is_one_clear_line(tmp_path: Path) -> None:
     loop = tmp_path / "loop.db"
     loop.symlink_to(loop)
