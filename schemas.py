@@ -108,7 +108,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
             if line.error or (line.key and (line.value is None or line.key not in names)):
                 number = line.original.line + line.original.string.rstrip().count("\n")
                 raise ValidationError({f"{path}:{number}": ["Must be a setting of .env.example."]})
-    return dotenv_values(path) | dict(os.environ.items() - other.items())
+    return dotenv_values(path, interpolate=False) | dict(os.environ.items() - other.items())
 
 
 def _validate_allowed(value: str) -> None:

@@ -288,9 +288,10 @@ def file_of_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / ".env"
 
 
-def test_setting_is_read_from_the_file(file_of_settings: Path) -> None:
-    file_of_settings.write_text("LOG_LEVEL=ERROR\n")
-    assert create_app().config["LOG_LEVEL"] == "ERROR"
+def test_setting_is_read_from_the_file_as_it_stands(file_of_settings: Path) -> None:
+    file_of_settings.write_text("LOG_LEVEL=ERROR\nAI_PROVIDERS=a${b}c\n")
+    app = create_app()
+    assert (app.config["LOG_LEVEL"], app.config["AI_PROVIDERS"]) == ("ERROR", ["a${b}c"])
 
 
 @pytest.mark.parametrize(
