@@ -97,6 +97,7 @@ def test_systemd_is_told_when_the_service_answers(
     address = f"{tmp_path}/user@1"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(f"\0{address}" if prefix else address)
+        systemd.settimeout(30)
         start_server(NOTIFY_SOCKET=prefix + address)
         assert systemd.recv(100) == b"READY=1"
 
