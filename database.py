@@ -106,8 +106,9 @@ class DatabaseFile:
         """Return the connection to the files that have the names now."""
         if self._opened and self._state() == self._opened:
             return self.connection
-        if not self.path.is_file() or not self.path.stat().st_size:
-            raise sqlite3.OperationalError(f"{self.path} is missing, empty, or no file")
+        # SQLite would write the -wal into anything that has the name, and remove it.
+        if not self.path.is_file() or self.path.read_bytes()[:16] != b"SQLite format 3\0":
+            raise sqlite3.OperationalError(f"{self.path} is missing, empty, or no database")
         with self.alone():
             is_saved = self._opened and self._close()
             # SQLite has the other files beside the real one.
