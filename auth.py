@@ -62,7 +62,7 @@ def list_command() -> None:
 @credentials.command("revoke")
 @click.argument("api_key")
 def revoke_command(api_key: str) -> None:
-    """Make the credential of this API key invalid from the next request on."""
+    """End the credential of this API key."""
     api_key = api_key.strip().partition(":")[0]  # of the whole credential, too
     if not api_key.isascii() or not Credential.revoke(api_key):
         raise click.ClickException("No credential has this API key. See `flask credentials list`.")

@@ -23,7 +23,7 @@ from sqlalchemy.sql.selectable import ExecutableReturnsRows as Statement
 class StorageError(click.ClickException):
     """A fault of what is stored; the message has the remedy, `public` is for clients."""
 
-    public = "What is stored cannot be read or written. If that lasts, the log names the cause."
+    public = "What is stored cannot be read or written. The log names the cause."
 
 
 class Base(DeclarativeBase):

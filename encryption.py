@@ -12,7 +12,7 @@ from database import StorageError, explain, transaction
 class DecryptionError(StorageError):
     """A key file that is missing, malformed, or has no key for what is stored."""
 
-    remedy = "Put the right one back, or set the provider again after moving a damaged one away."
+    remedy = "Put the right file back, or set the provider again after moving a damaged one away."
     public = f"The encryption key file is missing, damaged, or lacks the right key. {remedy}"
 
 

@@ -166,7 +166,7 @@ def _create_sqlite_file(link: Path) -> None:
     path = Path(os.path.realpath(link))
     wal = Path(f"{path}-wal")
     if wal.exists() and not path.exists():
-        raise StorageError(f"{path} is gone. Put it back, or move {wal} away, too.")
+        raise StorageError(f"{path} is gone. Put it back or, to begin anew, move {wal} away.")
     with NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.") as new:
         if path.exists():
             return
@@ -184,7 +184,7 @@ def _create_sqlite_file(link: Path) -> None:
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True))
 @with_appcontext
 def backup_command(file: Path) -> None:
-    """Write the database, as it is at one moment, to FILE or, for -, to standard output."""
+    """Back up the database to FILE, or for - to standard output."""
     database_file, place = _sqlite_file(file), Path(os.path.realpath(file))
     folder = None if str(file) == "-" else place.parent
     with storage_errors(), TemporaryDirectory(dir=folder, prefix=f"{file.name}.") as private_folder:
@@ -207,7 +207,7 @@ def backup_command(file: Path) -> None:
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
 @with_appcontext
 def restore_command(file: Path) -> None:
-    """Put the database of FILE or, for -, of standard input in the place of the present one."""
+    """Restore the database from FILE, or for - from standard input."""
     database_file = _sqlite_file(file)
     with storage_errors(), TemporaryDirectory() as folder, click.open_file(str(file), "rb") as data:
         present, copy = database_file.connect(), Path(folder, "copy")

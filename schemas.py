@@ -106,8 +106,8 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     with suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
         for line in parse_stream(file):
             if line.error or (line.key and (line.value is None or line.key not in names)):
-                number = line.original.line + line.original.string.rstrip().count("\n")
-                raise ValidationError({f"{path}:{number}": ["Must be a setting of .env.example."]})
+                row = line.original.line + line.original.string.rstrip().count("\n")
+                raise ValidationError({f"{path}:{row}": ["Must be NAME=value, see .env.example."]})
     return dotenv_values(path, interpolate=False) | dict(os.environ.items() - other.items())
 
 

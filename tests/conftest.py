@@ -347,9 +347,9 @@ def failure(error_type: str, message: str, data: object = None) -> dict[str, obj
 
 INTERNAL_ERROR = failure(
     "GeneralException",
-    "What is stored cannot be read or written. If that lasts, the log names the cause.",
+    "What is stored cannot be read or written. The log names the cause.",
 )
-KEY_REMEDY = "Put the right one back, or set the provider again after moving a damaged one away."
+KEY_REMEDY = "Put the right file back, or set the provider again after moving a damaged one away."
 UNREADABLE = failure(
     "GeneralException",
     f"The encryption key file is missing, damaged, or lacks the right key. {KEY_REMEDY}",

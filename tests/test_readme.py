@@ -107,7 +107,7 @@ def test_backup_is_restored_on_another_machine(
     server = start_server(Fork(serve_beside, other))
     assert server.get(credential).status == 401
     shown = run_block("restore -", other)
-    assert "Put the right one back" in shown
+    assert "Put the right file back" in shown
     run_block("sh -c 'umask 077; cat > instance/encryption.key'", other)
     assert server.get(credential).body == before
     assert {path.stat().st_mode for path in (other / "instance").iterdir()} == {0o100600}
