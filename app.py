@@ -255,9 +255,6 @@ def main() -> None:
             ProviderConfig.get()
         except database.StorageError as error:  # a PUT mends it
             app.logger.error("%s", error)
-    # No line shows these, which take a third of its time (logging HOWTO, "Optimization").
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
     sockets: dict[Any, Any] = {}
     server = create_servers(app, sockets)[0]
     _stop_on_signals(sockets)
