@@ -175,6 +175,10 @@ class Channel(HTTPChannel):
     parser_class = RequestParser
     handle_expt = HTTPChannel.handle_close
 
+    def _flush_some(self, do_close: bool = False) -> bool:
+        # By default it would close, as for send_continue: the loop then waits for a closed socket.
+        return self.connected and super()._flush_some(do_close)  # type: ignore[misc]
+
     def send_continue(self) -> None:
         """Ask for the body, unless the request is complete or refused without it."""
         if self.request and not self.request.completed:

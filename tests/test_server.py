@@ -346,6 +346,24 @@ def test_expectation_is_answered(running: Running, head: bytes, status: bytes) -
         assert connection.recv(65536)[9:12] == status
 
 
+def test_connection_that_is_reset_amid_an_expectation_ends_alone(
+    app: Flask, caplog: pytest.LogCaptureFixture
+) -> None:
+    sockets: dict[int, Any] = {}
+    (server,) = create_servers(app, sockets)
+    address: Any = server.getsockname()
+    with socket.create_connection(address) as connection:
+        wasyncore.loop(1, map=sockets, count=1)
+        connection.sendall(b"GET /health HTTP/1.1\r\n\r\nPUT / HTTP/1.1\r\nContent-Length: 2\r\n")
+        connection.sendall(b"Expect: 100-continue\r\n\r\n")
+        wasyncore.loop(1, map=sockets, count=1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wasyncore.loop(1, map=sockets, count=3)
+    assert not vars(server)["active_channels"]
+    assert "Traceback" not in caplog.text
+    wasyncore.close_all(sockets)
+
+
 def test_urgent_data_ends_the_connection(server: Server) -> None:
     with connect(server) as connection:
         connection.settimeout(5)  # half of that of an idle connection
