@@ -198,6 +198,7 @@ def backup_command(file: Path) -> None:
             database_file.connect().backup(target)
         if folder:
             copy.replace(place)
+            Path(f"{place}-wal").unlink(missing_ok=True)  # it would be restored with the new one
         else:
             click.echo(copy.read_bytes(), nl=False)
     click.echo(f"Backed up {database_file.path} to {file}.", err=True)
@@ -237,7 +238,8 @@ def _sqlite_file(other: Path) -> database.DatabaseFile:
     database_file: database.DatabaseFile | None = current_app.extensions.get("database_file")
     if not database_file:
         raise click.ClickException("Use pg_dump and pg_restore for a PostgreSQL database.")
-    if re.sub("-(wal|shm)$", "", os.path.realpath(other)) == os.path.realpath(database_file.path):
+    own = re.escape(os.path.realpath(database_file.path)) + "(-wal|-shm|-journal)?"
+    if re.fullmatch(own, os.path.realpath(other)):
         raise click.ClickException(f"{other} belongs to the database.")
     return database_file
 

@@ -186,7 +186,7 @@ def test_backup_that_cannot_be_read_is_one_clear_line(
     assert (result.exit_code, result.stderr) == (1, f"Error: {tmp_path / name}: {fault}.\n")
 
 
-@pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal"])
 @pytest.mark.parametrize("command", ["backup", "restore"])
 def test_database_is_not_its_own_backup(
     app: Flask, runner: FlaskCliRunner, tmp_path: Path, command: str, suffix: str
@@ -206,6 +206,20 @@ def test_link_to_itself_is_replaced_by_a_backup(
     link.symlink_to(link)
     assert runner.invoke(args=["backup", str(link)]).exit_code == 0
     assert not link.is_symlink()
+
+
+def test_backup_leaves_no_older_wal_beside_it(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path
+) -> None:
+    put(app, "first")
+    for suffix in ("", "-wal"):
+        shutil.copy(tmp_path / f"ai-provider.db{suffix}", tmp_path / f"backup{suffix}")
+    put(app, "second")
+    for command in ("backup", "restore"):
+        assert runner.invoke(args=[command, str(tmp_path / "backup")]).exit_code == 0
+    config = stored(app)
+    assert config
+    assert config.provider == "second"
 
 
 def test_backup_goes_where_a_link_leads(app: Flask, runner: FlaskCliRunner, tmp_path: Path) -> None:
