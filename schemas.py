@@ -21,7 +21,7 @@ from waitress.server import TcpWSGIServer
 from database import explain
 
 NAMES_RULE = "Must be names of 1 to 30 characters in printable ASCII, separated by commas."
-NAMES = validate.Regexp(r"(?s)(?!.*[^\s,][^,]{30})[\s,]*[!-+\--~][\s!-~]*\Z", error=NAMES_RULE)
+NAMES = validate.Regexp(r"[\s,]*([!-+\--~][ -+\--~]{0,29}\s*(,[\s,]*|\Z))+\Z", error=NAMES_RULE)
 NOT_EMPTY = validate.Length(1, error="Must not be empty. Leave it out for the default.")
 NAME_LENGTH = validate.Length(1, 30, error="Must have 1 to 30 characters. Is it the API key?")
 LEVELS = validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])

@@ -98,6 +98,8 @@ BAD_SETTINGS = [
     ],
     ("AI_PROVIDERS", " , "),
     ("AI_PROVIDERS", "openai,\n my " + "x" * 28),
+    ("AI_PROVIDERS", "openai\nanthropic"),
+    ("AI_PROVIDERS", "my\xa0own"),
     ("AI_PROVIDERS", "openai,\udcff"),
 ]
 
@@ -448,7 +450,7 @@ def test_other_proxy_is_itself_the_client(start_server: StartServer) -> None:
 @pytest.fixture
 def restricted(app: Flask, start_app: StartApp, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the allowed names of providers."""
-    monkeypatch.setenv("AI_PROVIDERS", " openai, my own ,\tanthropic,\n" + " " * 30)
+    monkeypatch.setenv("AI_PROVIDERS", "\n openai, my own" + " " * 30 + ",\tanthropic,\n")
     app.config["AI_PROVIDERS"] = start_app().config["AI_PROVIDERS"]
 
 
