@@ -164,9 +164,8 @@ def create_all() -> None:
 
 def _create_sqlite_file(link: Path) -> None:
     path = Path(os.path.realpath(link))
-    wal = Path(f"{path}-wal")
-    if wal.exists() and not path.exists():
-        raise StorageError(f"{path} is gone. Put it back or, to begin anew, move {wal} away.")
+    if Path(f"{path}-wal").exists() and not path.exists():
+        raise StorageError(f"{path} is gone. Put it back or, to begin anew, move {path}-wal away.")
     with NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.") as new:
         if path.exists():
             return
@@ -189,8 +188,7 @@ def backup_command(file: Path) -> None:
     folder = None if str(file) == "-" else place.parent
     with storage_errors(), TemporaryDirectory(dir=folder, prefix=f"{file.name}.") as private_folder:
         older = place.read_bytes() if place.is_file() else b"of another kind"
-        is_backup = older.startswith(b"SQLite format 3\0") and b"TABLE provider_config" in older
-        if folder and place.exists() and older and not is_backup:
+        if folder and place.exists() and not re.match(rb"(?s)\Z|SQLite.*provider_config", older):
             raise click.ClickException(f"{file} is no backup of this service, and is not replaced.")
         copy = Path(private_folder, "copy")
         copy.touch(0o600)
