@@ -106,8 +106,7 @@ class DatabaseFile:
         """Return the connection to the files that have the names now."""
         if self._opened and self._state() == self._opened:
             return self.connection
-        # SQLite would write the -wal into anything that has the name, and remove it.
-        if not self.path.is_file() or self.path.read_bytes()[:16] != b"SQLite format 3\0":
+        if not self.path.is_file() or not self.path.stat().st_size:
             raise sqlite3.OperationalError(f"{self.path} is missing, empty, or no database")
         with self.alone():
             is_saved = self._opened and self._close()
@@ -169,6 +168,9 @@ class DatabaseFile:
             os.close(folder)
 
     def _require_wal(self) -> list[int]:
+        # SQLite would write the -wal into any file. (While it is open, this would end its locks.)
+        if self.path.read_bytes()[:16] != b"SQLite format 3\0":
+            raise sqlite3.OperationalError(f"{self.path} is no database")
         # Return the inodes of both; none if nobody has the bytes locked that all users lock.
         with suppress(FileNotFoundError):
             return [self._wal.lstat().st_ino, self._shm.lstat().st_ino]
