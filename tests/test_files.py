@@ -3,6 +3,7 @@
 import fcntl
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -544,6 +545,27 @@ def test_save_beside_another_process_that_opens_or_closes_waits(app: Flask, tmp_
     os.close(folder)
     app.extensions["database_file"].save()
     assert b"openai" in (tmp_path / "ai-provider.db").read_bytes()
+
+
+def test_database_is_locked_until_it_is_closed(
+    app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, held = tmp_path / "ai-provider.db", []
+    close = DatabaseFile._close
+    lock = rf"POSIX .* {os.getpid()} \S+:{database.stat().st_ino} "  # proc_locks(5)
+
+    def look_and_close(file: DatabaseFile) -> bool:
+        held.append(re.findall(lock, Path("/proc/locks").read_text()))
+        return close(file)
+
+    with app.app_context():
+        ProviderConfig.put("openai", "key", "author")
+    os.utime(database, (1, 1))
+    with monkeypatch.context() as patch, app.app_context():
+        patch.setattr(DatabaseFile, "_close", look_and_close)
+        assert ProviderConfig.get()
+    assert len(held) == 1
+    assert held[0]
 
 
 def test_database_that_is_a_loop_of_links_is_one_clear_line(tmp_path: Path) -> None:
