@@ -207,7 +207,7 @@ class Server(TcpWSGIServer):
         tasks: Any = self.task_dispatcher.queue
         for _ in range(len(tasks)):
             channel = tasks.popleft()
-            if channel.total_outbufs_len >= self.adj.send_bytes:  # they were not taken yet
+            if channel.total_outbufs_len >= self.adj.send_bytes:  # it does not take its answers
                 tasks.append(channel)
                 continue
             try:
