@@ -4,6 +4,7 @@ import fcntl
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sqlite3
@@ -662,6 +663,19 @@ def test_stop_that_cannot_save_a_removed_wal_is_one_clear_line(
     assert lines[-1].startswith(f"Error: Database error: {tmp_path}/ai-provider.db-wal is removed")
     assert lines[-2].endswith(f" on http://127.0.0.1:{server.port}")
     assert server.process.poll() == 1
+
+
+def test_stop_that_cannot_save_the_wal_leaves_it_to_the_next_start(
+    server: Server, credential: str, start_server: StartServer, tmp_path: Path
+) -> None:
+    server.put(CONFIG, credential)
+    before = server.get(credential).body
+    assert server.process.pid
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, 0))
+    server.stop()
+    assert server.process.poll() == 0
+    assert (tmp_path / "ai-provider.db-wal").stat().st_size
+    assert start_server().get(credential).body == before
 
 
 @pytest.mark.parametrize("fault", FAULTS)
