@@ -107,7 +107,8 @@ class DatabaseFile:
         if self._opened and self._state() == self._opened:
             return self.connection
         if not self.path.is_file() or not self.path.stat().st_size:
-            raise sqlite3.OperationalError(f"{self.path} is missing, empty, or no database")
+            fault = f"DATABASE_URL: {self.path} is missing or empty."
+            raise StorageError(f"{fault} Put it back, or start the service, which creates one.")
         with self.alone():
             is_saved = self._opened and self._close()
             # SQLite has the other files beside the real one.
@@ -170,7 +171,7 @@ class DatabaseFile:
     def _require_wal(self) -> list[int]:
         # SQLite would write the -wal into any file. (While it is open, this would end its locks.)
         if self.path.read_bytes()[:16] != b"SQLite format 3\0":
-            raise sqlite3.OperationalError(f"{self.path} is no database")
+            raise StorageError(f"DATABASE_URL: {self.path} is no database. Put the right one back.")
         # Return the inodes of both; none if nobody has the bytes locked that all users lock.
         with suppress(FileNotFoundError):
             return [self._wal.lstat().st_ino, self._shm.lstat().st_ino]

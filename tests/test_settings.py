@@ -48,7 +48,8 @@ BAD_DATABASE_URLS = [
 DATABASE_URLS = {
     "nonsense": BAD_DATABASE_URL,
     "sqlite:////nowhere/x.db": (
-        f"Database error: /nowhere/x.db is missing, empty, or no database. {REMEDY}"
+        "DATABASE_URL: /nowhere/x.db is missing or empty. Put it back, or start the service, which"
+        " creates one."
     ),
     "postgresql://user:SECRET@127.0.0.1:1/db": (
         'Database error: connection failed: connection to server at "127.0.0.1", port 1'
