@@ -27,7 +27,7 @@ NAME_LENGTH = validate.Length(1, 30, error="Must have 1 to 30 characters. Is it 
 LINE_RULE = "Must be NAME=value, with a NAME that .env.example has."
 LEVELS = validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
 # What an HTTP header carries unchanged (RFC 9110, section 5.5).
-HEADER_RULE = "Must be printable ASCII (no masked key) without line breaks or spaces at its ends."
+HEADER_RULE = "Must be printable ASCII without line breaks or spaces at its ends."
 HEADER_VALUE = validate.Regexp(r"(?! )[ -~]*(?<! )\Z", error=HEADER_RULE)
 API_KEY_LENGTH = validate.Length(1, 4096, error="Must have 1 to 4096 characters.")
 

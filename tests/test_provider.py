@@ -11,7 +11,7 @@ from flask.testing import FlaskClient
 from database import execute, transaction
 from models import ProviderConfig, utc_now
 
-ASCII = "Must be printable ASCII (no masked key) without line breaks or spaces at its ends."
+ASCII = "Must be printable ASCII without line breaks or spaces at its ends."
 TYPE = "Not a valid string."
 MISSING = "Missing data for required field."
 LENGTHS = {
