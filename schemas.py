@@ -23,13 +23,13 @@ from database import explain
 NAMES_RULE = "Must be names of 1 to 30 characters in printable ASCII, separated by commas."
 NAMES = validate.Regexp(r"[\s,]*([!-+\--~][ -+\--~]{0,29}\s*(,[\s,]*|\Z))+\Z", error=NAMES_RULE)
 NOT_EMPTY = validate.Length(1, error="Must not be empty. Leave it out for the default.")
-NAME_LENGTH = validate.Length(1, 30, error="Must have 1 to 30 characters. Is it the API key?")
+NAME_LENGTH = validate.Length(max=30, error="Must have 1 to 30 characters. Is it the API key?")
 LINE_RULE = "Must be NAME=value, with a NAME that .env.example has."
 LEVELS = validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
 # What an HTTP header carries unchanged (RFC 9110, section 5.5).
-HEADER_RULE = "Must be printable ASCII without line breaks or spaces at its ends."
-HEADER_VALUE = validate.Regexp(r"(?! )[ -~]*(?<! )\Z", error=HEADER_RULE)
-API_KEY_LENGTH = validate.Length(1, 4096, error="Must have 1 to 4096 characters.")
+HEADER_RULE = "Must be printable ASCII, not empty, without line breaks or spaces at its ends."
+HEADER_VALUE = validate.Regexp(r"(?! )[ -~]+(?<! )\Z", error=HEADER_RULE)
+API_KEY_LENGTH = validate.Length(max=4096, error="Must have 1 to 4096 characters.")
 
 
 def _validate_host_and_port(value: str) -> None:
