@@ -182,11 +182,12 @@ def _create_sqlite_file(link: Path) -> None:
 @click.command("backup")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True))
 @with_appcontext
+@storage_errors()
 def backup_command(file: Path) -> None:
     """Back up the database to FILE, or for - to standard output."""
     database_file, place = _sqlite_file(file), Path(os.path.realpath(file))
-    folder = None if str(file) == "-" else place.parent
-    with storage_errors(), TemporaryDirectory(dir=folder, prefix=f"{file.name}.") as private_folder:
+    folder = None if str(file) == "-" else place.parent.resolve(strict=True)
+    with TemporaryDirectory(dir=folder, prefix=f"{file.name}.") as private_folder:
         older = place.read_bytes() if place.is_file() else b"of another kind"
         if folder and place.exists() and not re.match(rb"(?s)\Z|SQLite.*provider_config", older):
             raise click.ClickException(f"{file} is no backup of this service, and is not replaced.")

@@ -1,5 +1,4 @@
 import os
-import re
 import shutil
 import sqlite3
 import threading
@@ -131,7 +130,7 @@ def test_backup_into_a_missing_folder_is_one_clear_line(
     put(app, "first")
     result = runner.invoke(args=["backup", str(tmp_path / "folder" / "backup")])
     assert result.exit_code == 1
-    assert re.fullmatch(f"Error: {tmp_path}/folder/.*: No such file or directory.\n", result.stderr)
+    assert result.stderr == f"Error: {tmp_path}/folder: No such file or directory.\n"
 
 
 def garbled(path: Path) -> None:
