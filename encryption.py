@@ -39,7 +39,8 @@ class KeyFile:
                 self.cipher, self.version = MultiFernet([Fernet(key) for key in keys]), version
         except (FileNotFoundError, ValueError) as error:
             cause = getattr(error, "strerror", "not Fernet keys")
-            raise DecryptionError(f"{path}: {cause}. {DecryptionError.remedy}") from error
+            fault = f"ENCRYPTION_KEY_FILE: {path}: {cause}."
+            raise DecryptionError(f"{fault} {DecryptionError.remedy}") from error
         except OSError as error:
             raise StorageError(f"ENCRYPTION_KEY_FILE: {explain(error)}") from error
         return self.cipher
@@ -55,8 +56,8 @@ class KeyFile:
         try:
             return self.read().decrypt(token).decode()
         except (InvalidToken, ValueError) as error:
-            cause = f"{self.path}: no key in it decrypts what is stored."
-            raise DecryptionError(f"{cause} {DecryptionError.remedy}") from error
+            fault = f"ENCRYPTION_KEY_FILE: {self.path}: no key in it decrypts what is stored."
+            raise DecryptionError(f"{fault} {DecryptionError.remedy}") from error
 
     def create(self) -> None:
         """Generate the file, unless anything has its name, within the caller's transaction."""

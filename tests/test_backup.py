@@ -249,7 +249,7 @@ def test_restore_tells_when_the_key_is_another(
     key_file.write_bytes(OTHER_ENCRYPTION_KEY)
     result = runner.invoke(args=["restore", str(backup)])
     assert result.exit_code == 0
-    cause = f"{key_file}: no key in it decrypts what is stored."
+    cause = f"ENCRYPTION_KEY_FILE: {key_file}: no key in it decrypts what is stored."
     assert result.stderr == restored(tmp_path, backup, f"Warning: {cause} {KEY_REMEDY}")
 
 

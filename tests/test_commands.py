@@ -151,7 +151,7 @@ def test_unreadable_api_key_is_an_error(
     key_file.write_bytes(OTHER_ENCRYPTION_KEY)
     result = runner.invoke(args=["provider", "show", *option])
     assert (result.exit_code, result.stdout) == (1, "")
-    cause = f"{key_file}: no key in it decrypts what is stored."
+    cause = f"ENCRYPTION_KEY_FILE: {key_file}: no key in it decrypts what is stored."
     assert result.stderr.endswith(f"Error: {cause} {KEY_REMEDY}\n")
 
 

@@ -395,7 +395,7 @@ def test_lost_key_file_is_an_error_until_it_returns(
     assert (answer.status, answer.body) == (500, UNREADABLE)
     shutil.move(tmp_path / "away", key_file)
     assert server.get(credential).body == before
-    assert f"ERROR {key_file}: " in server.stop()
+    assert f"ERROR ENCRYPTION_KEY_FILE: {key_file}: " in server.stop()
 
 
 @on_both

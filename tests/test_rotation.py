@@ -85,7 +85,10 @@ def test_rotation_without_the_right_key_changes_nothing_stored(
     key_file.write_bytes(OTHER_ENCRYPTION_KEY)
     result = runner.invoke(args=["provider", "rotate-key"])
     assert (result.exit_code, result.stdout) == (1, "")
-    assert f"Error: {key_file}: no key in it decrypts what is stored." in result.stderr
+    assert (
+        f"Error: ENCRYPTION_KEY_FILE: {key_file}: no key in it decrypts what is stored."
+        in result.stderr
+    )
     assert key_file.read_bytes() == OTHER_ENCRYPTION_KEY
     key_file.write_bytes(key)
     assert stored(app) == before
@@ -207,7 +210,7 @@ def test_rotation_of_a_garbled_key_file_changes_nothing(
     key_file.write_bytes(b"garbled")
     result = runner.invoke(args=["provider", "rotate-key"])
     assert (result.exit_code, result.stdout) == (1, "")
-    assert f"Error: {key_file}: not Fernet keys." in result.stderr
+    assert f"Error: ENCRYPTION_KEY_FILE: {key_file}: not Fernet keys." in result.stderr
     assert key_file.read_bytes() == b"garbled"
 
 

@@ -151,7 +151,9 @@ def test_unusable_key_file_is_one_clear_line(key_file: Path, content: bytes) -> 
     status, output, log = run(serve)
     assert (status, output) == (1, "")
     assert "Traceback" not in log
-    assert log.endswith(f"\nError: {key_file}: not Fernet keys. {KEY_REMEDY}\n")
+    assert log.endswith(
+        f"\nError: ENCRYPTION_KEY_FILE: {key_file}: not Fernet keys. {KEY_REMEDY}\n"
+    )
     assert key_file.read_bytes() == content
 
 

@@ -271,7 +271,7 @@ def test_unreadable_key_is_an_error_in_the_log_of_the_start(
         key_file.write_bytes(content)
     server = start_server()
     assert server.request("GET", "/health").status == 503
-    error = re.escape(f" ERROR {key_file}: ") + ".*" + re.escape(KEY_REMEDY)
+    error = re.escape(f" ERROR ENCRYPTION_KEY_FILE: {key_file}: ") + ".*" + re.escape(KEY_REMEDY)
     assert re.search(error, server.stop())
 
 
