@@ -24,7 +24,6 @@ NAMES_RULE = "Must be names of 1 to 30 characters in printable ASCII, separated 
 NAMES = validate.Regexp(r"[\s,]*([!-+\--~][ -+\--~]{0,29}\s*(,[\s,]*|\Z))+\Z", error=NAMES_RULE)
 NOT_EMPTY = validate.Length(1, error="Must not be empty. Leave it out for the default.")
 NAME_LENGTH = validate.Length(max=30, error="Must have 1 to 30 characters. Is it the API key?")
-LINE_RULE = "Must be NAME=value, with a NAME that .env.example has."
 LEVELS = validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
 # What an HTTP header carries unchanged (RFC 9110, section 5.5).
 HEADER_RULE = "Must be printable ASCII, not empty, without line breaks or spaces at its ends."
@@ -108,7 +107,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
         for line in parse_stream(file):
             if line.error or (line.key and (line.value is None or line.key not in names)):
                 row = line.original.line + line.original.string.rstrip().count("\n")
-                raise ValidationError({f"{path}:{row}": [LINE_RULE]})
+                raise ValidationError({f"{path}:{row}": ["Must be NAME=value as in .env.example."]})
     return dotenv_values(path, interpolate=False) | dict(os.environ.items() - other.items())
 
 
