@@ -70,10 +70,7 @@ def storage_errors() -> Iterator[None]:
     except (sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
         # The first line alone: PostgreSQL's others may show the row.
         cause = str(getattr(error, "orig", error)).partition("\n")[0].rstrip(".")
-        raise StorageError(
-            f"Database error: {cause}. Check that the database of DATABASE_URL is there, intact,"
-            " writable, not locked, and that no disk is full."
-        ) from error
+        raise StorageError(f"Database error: {cause}. Check DATABASE_URL and the disk.") from error
 
 
 def report(message: str) -> None:
