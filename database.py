@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
-from time import monotonic, sleep
+from time import monotonic, sleep, time
 from typing import Any
 
 import click
@@ -97,7 +97,6 @@ class DatabaseFile:
         """Open nothing before the first statement."""
         self.path = path
         self._opened: list[int] = []
-        self._changes = 0
 
     def connect(self) -> sqlite3.Connection:
         """Return the connection to the files that have the names now."""
@@ -144,8 +143,7 @@ class DatabaseFile:
                 self.confirm()
                 # While changes come, it is overwritten, which is faster than growing anew. Both
                 # modes keep writers out: they would take the new time for a copied file's.
-                changes, self._changes = self._changes, connection.total_changes
-                mode = "TRUNCATE" if changes == self._changes else "RESTART"
+                mode = "RESTART" if time() - self._wal.stat().st_mtime < 5 else "TRUNCATE"
                 connection.executescript(f"PRAGMA busy_timeout=100; PRAGMA wal_checkpoint({mode})")
                 self._opened[0] = self.path.stat().st_mtime_ns
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
@@ -497,7 +498,8 @@ def test_wal_keeps_its_place_on_disk_while_changes_come(app: Flask, tmp_path: Pa
     wal, sizes = tmp_path / "ai-provider.db-wal", []
     with app.app_context():
         ProviderConfig.put("openai", "key", "author")
-    for _ in range(2):
+    for age in (0, 5):
+        os.utime(wal, (time.time() - age,) * 2)
         app.extensions["database_file"].save()
         sizes.append(wal.stat().st_size)
     assert sizes[0] > 0
@@ -512,9 +514,9 @@ def test_file_copied_over_a_database_at_rest_is_not_undone(app: Flask, tmp_path:
     with app.app_context():
         ProviderConfig.put("other", "key", "author")
     [server] = create_servers(app, {})
+    os.utime(tmp_path / "ai-provider.db-wal", (time.time() - 5,) * 2)
     with closing(server):
         server.maintenance(0)
-        server.maintenance(5)
     database.write_bytes(backup.read_bytes())
     with app.app_context():
         config = ProviderConfig.get()
