@@ -5,7 +5,7 @@ import os
 import sqlite3
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
@@ -212,9 +212,12 @@ class DatabaseFile:
 
     def _open(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"
-        connection = sqlite3.connect(uri, uri=True, timeout=0.1, check_same_thread=False)
-        # On disk before the answer; and in this mode, which a copy of the database may not have.
-        connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
+        with ExitStack() as stack:  # what cannot be read is closed at once
+            connection = sqlite3.connect(uri, uri=True, timeout=0.1, check_same_thread=False)
+            stack.callback(connection.close)
+            # On disk before the answer; and in this mode, which a copy may not have.
+            connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
+            stack.pop_all()
         return connection
 
     def _state(self) -> list[int]:

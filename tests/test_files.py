@@ -843,6 +843,16 @@ def test_replaced_files_are_closed(server: Server, credential: str, tmp_path: Pa
     assert descriptors() <= before
 
 
+def test_database_that_cannot_be_opened_is_closed_at_once(app: Flask, tmp_path: Path) -> None:
+    close_database(app)
+    (tmp_path / "ai-provider.db").write_bytes(b"SQLite format 3\0" + b"garbage" * 2000)
+    with app.app_context(), pytest.raises(StorageError) as error:
+        ProviderConfig.get()
+    assert str(error.value).startswith("Database error: file is not a database. ")
+    open_files = map(os.path.realpath, Path("/proc/self/fd").iterdir())
+    assert str(tmp_path / "ai-provider.db") not in open_files
+
+
 def test_removed_files_at_random_lose_no_acknowledged_write(
     start_server: StartServer, credential: str, tmp_path: Path
 ) -> None:
