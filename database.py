@@ -254,13 +254,13 @@ def transaction(patience: float = 1) -> Iterator[None]:
     with storage_errors(), lock:
         connection, now = _connection(), monotonic()
         # Requests that find the database locked wait together, not one after the other.
-        if now - extensions.get("locked_since", -9) > 2:
+        if now - extensions.setdefault("locked_since", now) > 2:
             extensions["locked_since"] = now
         milliseconds = round((extensions["locked_since"] + patience - now) * 1000)
         try:
             for sql in BEGIN[db.engine.name]:
                 connection.execute(sql.format(max(10, milliseconds)))
-            extensions["locked_since"] = -9
+            extensions.pop("locked_since")
             yield
             connection.commit()
         except BaseException:
