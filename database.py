@@ -215,8 +215,9 @@ class DatabaseFile:
         with ExitStack() as stack:  # what cannot be read is closed at once
             connection = sqlite3.connect(uri, uri=True, timeout=0.1, check_same_thread=False)
             stack.callback(connection.close)
-            # On disk before the answer; and in this mode, which a copy may not have.
+            # On disk before the answer; in this mode, which a copy may lack; and with its files.
             connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA user_version")
             stack.pop_all()
         return connection
 

@@ -173,7 +173,6 @@ def _create_sqlite_file(link: Path) -> None:
         with closing(sqlite3.connect(new.name)) as connection:
             for table in Base.metadata.sorted_tables:
                 connection.execute(str(sa.schema.CreateTable(table)))
-            connection.execute("PRAGMA journal_mode = WAL")
         with suppress(FileExistsError):  # another process was faster
             os.link(new.name, path)
             current_app.logger.warning("Created database %s.", path)

@@ -470,6 +470,17 @@ def test_copy_of_the_wal_is_noticed_in_a_folder_that_keeps_its_time(
     assert app.extensions["database_file"].connect() is not connection
 
 
+def test_first_change_of_a_database_in_another_mode_is_no_error(app: Flask, tmp_path: Path) -> None:
+    close_database(app)
+    with closing(sqlite3.connect(tmp_path / "ai-provider.db")) as database:
+        database.execute("PRAGMA journal_mode = DELETE")
+    with app.app_context():
+        ProviderConfig.put(**CONFIG, updated_by="author")
+    config = stored(app)
+    assert config
+    assert config.provider == CONFIG["provider"]
+
+
 def test_change_is_soon_in_the_database_itself(app: Flask, tmp_path: Path) -> None:
     with app.app_context():
         ProviderConfig.put("openai", "key", "author")
