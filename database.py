@@ -102,8 +102,8 @@ class DatabaseFile:
         """Return the connection to the files that have the names now."""
         if self._opened and self._state() == self._opened:
             return self.connection
-        if not self.path.is_file() or not self.path.stat().st_size:
-            fault = f"DATABASE_URL: {self.path} is missing or empty."
+        if not self.path.is_file():
+            fault = f"DATABASE_URL: There is no file {self.path}."
             raise StorageError(f"{fault} Put it back, or start the service, which creates one.")
         with self.alone():
             is_saved = self._opened and self._close()

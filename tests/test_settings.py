@@ -48,7 +48,7 @@ BAD_DATABASE_URLS = [
 DATABASE_URLS = {
     "nonsense": BAD_DATABASE_URL,
     "sqlite:////nowhere/x.db": (
-        "DATABASE_URL: /nowhere/x.db is missing or empty. Put it back, or start the service, which"
+        "DATABASE_URL: There is no file /nowhere/x.db. Put it back, or start the service, which"
         " creates one."
     ),
     "postgresql://user:SECRET@127.0.0.1:1/db": (
