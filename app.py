@@ -139,10 +139,9 @@ def _begin_request() -> None:
 
 
 def _parse_address(text: str | None) -> str:
-    try:
+    with suppress(ValueError):
         return str(ip_address((text or "").partition("%")[0]))  # the zone may be any text
-    except ValueError:
-        return "-"
+    return "-"
 
 
 def _finish_request(response: Response) -> Response:
