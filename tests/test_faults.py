@@ -228,7 +228,7 @@ def test_lock_of_long_ago_takes_no_patience_away(
 
 def fail_after_the_connection(app: Flask) -> None:
     with app.app_context(), transaction():
-        app.extensions.pop("database_file").connection.close()
+        app.extensions["database_file"].connection.close()
         raise ValueError("first")
 
 
