@@ -10,7 +10,6 @@ import os
 import re
 import socket
 from contextlib import suppress
-from ipaddress import ip_address
 from pathlib import Path
 from time import gmtime, perf_counter
 from typing import Any
@@ -138,9 +137,10 @@ def _begin_request() -> None:
         abort(404)  # waitress strips all slashes but one, and the path would match
 
 
-def _parse_address(text: str | None) -> str:
-    with suppress(ValueError):
-        return str(ip_address((text or "").partition("%")[0]))  # the zone may be any text
+def _parse_address(text: str) -> str:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError, ValueError):
+            return socket.inet_ntop(family, socket.inet_pton(family, text.partition("%")[0]))
     return "-"
 
 
@@ -152,7 +152,7 @@ def _finish_request(response: Response) -> Response:
         del response.headers["Content-Type"]
     what = quote(f"{request.method} {request.path}", safe="/ ")[:200]
     milliseconds = (perf_counter() - g.started) * 1000
-    who = f"{g.get('api_key', '-')} {_parse_address(request.remote_addr)}"
+    who = f"{g.get('api_key', '-')} {_parse_address(request.remote_addr or '')}"
     level = logging.WARNING if response.status_code == 401 else logging.INFO
     current_app.logger.log(level, f"{what} {response.status_code} {milliseconds:.1f} ms {who}")
     return response
