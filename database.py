@@ -274,7 +274,7 @@ def transaction(patience: float = 1) -> Iterator[None]:
 
 def _connection() -> Any:  # noqa: ANN401
     # One for a request or command; SQLite's files are looked at once for it.
-    if "connection" not in g:
+    if (connection := g.get("connection")) is None:
         file = current_app.extensions.get("database_file")
-        g.connection = file.connect() if file else db.session.connection().connection
-    return g.connection
+        connection = g.connection = file.connect() if file else db.session.connection().connection
+    return connection
