@@ -138,8 +138,9 @@ def _begin_request() -> None:
 
 
 def _parse_address(text: str) -> str:
+    # Without its zone, which may be any text.
     for family in (socket.AF_INET, socket.AF_INET6):
-        with suppress(OSError, ValueError):
+        with suppress(OSError):
             return socket.inet_ntop(family, socket.inet_pton(family, text.partition("%")[0]))
     return "-"
 
