@@ -5,7 +5,7 @@ import os
 import sqlite3
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
@@ -102,21 +102,18 @@ class DatabaseFile:
         """Return the connection to the files that have the names now."""
         if self._opened and self._state() == self._opened:
             return self.connection
-        if not self.path.is_file():
-            fault = f"DATABASE_URL: There is no file {self.path}."
-            raise StorageError(f"{fault} Put it back, or start the service, which creates one.")
+        if not self.path.is_file() or not self.path.stat().st_size:
+            raise StorageError(f"DATABASE_URL: {self.path} is gone, or the service never started.")
         with self.alone():
             is_saved = self._opened and self._close()
             # SQLite has the other files beside the real one.
             self._wal, self._shm = (Path(f"{self.path.resolve()}{end}") for end in ("-wal", "-shm"))
             kept = [] if is_saved else self._require_wal()
             try:
-                self.connection: sqlite3.Connection = self._open("rw")
-                self._reader, self._opened = self.connection, [0]
+                self._open()
                 # 0, which no later look returns, for what was removed meanwhile.
                 present = [*self._state(), 0, 0][:4]
                 kept = kept or present[2:]
-                self._reader = self._open("ro")
                 if kept == present[2:]:
                     self._opened = present
                     return self.connection
@@ -210,16 +207,19 @@ class DatabaseFile:
         self._shm.unlink(missing_ok=True)
         os.utime(self.path)  # or another process would save the same -wal again
 
-    def _open(self, mode: str) -> sqlite3.Connection:
+    def _open(self) -> None:
+        # To read, first: the last to close would write the -wal even into a damaged database.
+        self.connection = self._reader = self._connect("ro")
+        self._opened = [0]  # to be closed, even if what follows fails
+        self._reader.executescript("PRAGMA user_version")
+        self.connection = self._connect("rw")
+        # On disk before the answer; and in this mode, which a copy may not have.
+        self.connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
+        self._reader.executescript("PRAGMA user_version")  # opens the files of a new mode
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"
-        with ExitStack() as stack:  # what cannot be read is closed at once
-            connection = sqlite3.connect(uri, uri=True, timeout=0.1, check_same_thread=False)
-            stack.callback(connection.close)
-            # On disk before the answer; in this mode, which a copy may lack; and with its files.
-            connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA user_version")
-            stack.pop_all()
-        return connection
+        return sqlite3.connect(uri, uri=True, timeout=0.1, check_same_thread=False)
 
     def _state(self) -> list[int]:
         # The time of the database, and the inode of each file up to the first that is missing.

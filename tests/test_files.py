@@ -218,16 +218,16 @@ def test_request_waits_until_a_refused_command_has_removed_what_it_made(
 ) -> None:
     server.put(CONFIG, credential)
     answers: list[Future[Answer]] = []
-    open_file = DatabaseFile._open
+    connect = DatabaseFile._connect
 
-    def lose_files_and_open(file: DatabaseFile, mode: str) -> sqlite3.Connection:
+    def lose_files_and_connect(file: DatabaseFile, mode: str) -> sqlite3.Connection:
         if not answers:
             remove_files(tmp_path)
-        connection = open_file(file, mode)
+        connection = connect(file, mode)
         answers.append(meanwhile(pool, partial(server.get, credential)))
         return connection
 
-    monkeypatch.setattr(DatabaseFile, "_open", lose_files_and_open)
+    monkeypatch.setattr(DatabaseFile, "_connect", lose_files_and_connect)
     with ThreadPoolExecutor() as pool, app.app_context(), suppress(StorageError):
         Credential.revoke("0" * 32)
     assert {answer.result().body["data"]["provider"] for answer in answers} == {"openai"}
@@ -301,26 +301,28 @@ def test_command_beside_a_service_that_stops_is_not_refused(
         assert Credential.revoke(credential[:32])
 
 
-def test_wal_removed_between_two_openings_loses_no_later_write(
+@pytest.mark.parametrize("mode", ["ro", "rw"])
+def test_wal_removed_while_it_is_opened_loses_no_later_write(
     start_server: StartServer,
     app: Flask,
     credential: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    mode: str,
 ) -> None:
-    open_file = DatabaseFile._open
+    connect = DatabaseFile._connect
 
-    def open_and_lose_wal(file: DatabaseFile, mode: str) -> sqlite3.Connection:
-        connection = open_file(file, mode)
-        if mode == "rw":
+    def lose_wal_and_connect(file: DatabaseFile, mode_now: str) -> sqlite3.Connection:
+        if mode_now == "rw":
             remove_files(tmp_path, "-wal")
-        return connection
+        if mode_now == mode == "rw":
+            file._reader.set_trace_callback(lambda _statement: remove_files(tmp_path, "-wal"))
+        return connect(file, mode_now)
 
     close_database(app)
-    with monkeypatch.context() as patch, app.app_context():
-        patch.setattr(DatabaseFile, "_open", open_and_lose_wal)
-        with pytest.raises(StorageError, match="its files were replaced"):
-            ProviderConfig.put("openai", "key", "author")
+    with monkeypatch.context() as patch, app.app_context(), suppress(StorageError):
+        patch.setattr(DatabaseFile, "_connect", lose_wal_and_connect)
+        ProviderConfig.put("openai", "key", "author")
     with app.app_context():
         ProviderConfig.put("other", "key", "author")
     copy = tmp_path / "copy"
@@ -329,26 +331,6 @@ def test_wal_removed_between_two_openings_loses_no_later_write(
         shutil.copy(tmp_path / f"ai-provider.db{suffix}", copy)
     shown = start_server(DATABASE_URL=f"sqlite:///{copy}/ai-provider.db").get(credential)
     assert shown.body["data"]["provider"] == "other"
-
-
-def test_wal_that_the_second_opening_makes_is_not_left_to_others(
-    app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    open_file = DatabaseFile._open
-
-    def lose_wal_and_open(file: DatabaseFile, mode: str) -> sqlite3.Connection:
-        if mode == "ro":
-            remove_files(tmp_path, "-wal")
-        return open_file(file, mode)
-
-    close_database(app)
-    with monkeypatch.context() as patch, app.app_context():
-        patch.setattr(DatabaseFile, "_open", lose_wal_and_open)
-        assert ProviderConfig.get() is None
-    assert not (tmp_path / "ai-provider.db-wal").exists()
-    with app.app_context():
-        ProviderConfig.put("openai", "key", "author")
-    assert flask("provider", "show")[0] == 0
 
 
 def test_removal_after_the_opening_is_noticed(
@@ -854,12 +836,38 @@ def test_replaced_files_are_closed(server: Server, credential: str, tmp_path: Pa
     assert descriptors() <= before
 
 
-def test_database_that_cannot_be_opened_is_closed_at_once(app: Flask, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "other",
+    [b"", b"SQLite format 3\0" + b"garbage" * 2000, b"SQLite format 3\0" + bytes(14000)],
+    ids=["empty", "garbage", "zeros"],
+)
+def test_no_database_in_the_place_of_the_database_takes_no_change(
+    start_server: StartServer, credential: str, tmp_path: Path, other: bytes
+) -> None:
+    database = tmp_path / "ai-provider.db"
+    server = start_server()
+    server.put(CONFIG, credential)
+    before = server.get(credential).body
+    database.rename(tmp_path / "away")
+    database.write_bytes(other)
+    if not other:  # as SQLite's own shell does
+        remove_files(tmp_path, "-wal")
+    for _ in range(3):
+        assert server.get(credential).status == 500
+    assert database.read_bytes() == other
+    (tmp_path / "away").replace(database)
+    assert server.get(credential).body == before
+    server.stop(signal.SIGKILL)
+    assert start_server().get(credential).body == before
+
+
+def test_database_that_cannot_be_opened_is_closed(app: Flask, tmp_path: Path) -> None:
     close_database(app)
     (tmp_path / "ai-provider.db").write_bytes(b"SQLite format 3\0" + b"garbage" * 2000)
     with app.app_context(), pytest.raises(StorageError) as error:
         ProviderConfig.get()
     assert str(error.value).startswith("Database error: file is not a database. ")
+    close_database(app)
     open_files = map(os.path.realpath, Path("/proc/self/fd").iterdir())
     assert str(tmp_path / "ai-provider.db") not in open_files
 
