@@ -70,7 +70,7 @@ def storage_errors() -> Iterator[None]:
     except (sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
         # The first line alone: PostgreSQL's others may show the row.
         cause = str(getattr(error, "orig", error)).partition("\n")[0].rstrip(".")
-        raise StorageError(f"Database error: {cause}. Check DATABASE_URL and the disk.") from error
+        raise StorageError(f"Database error: {cause}. Check DATABASE_URL, locks, disk.") from error
 
 
 def report(message: str) -> None:
@@ -140,7 +140,7 @@ class DatabaseFile:
                 self.confirm()
                 # While changes come, it is overwritten, which is faster than growing anew. Both
                 # modes keep writers out: they would take the new time for a copied file's.
-                mode = "RESTART" if time() - self._wal.stat().st_mtime < 5 else "TRUNCATE"
+                mode = "RESTART" if abs(time() - self._wal.stat().st_mtime) < 5 else "TRUNCATE"
                 connection.executescript(f"PRAGMA busy_timeout=100; PRAGMA wal_checkpoint({mode})")
                 self._opened[0] = self.path.stat().st_mtime_ns
 

@@ -33,7 +33,7 @@ API_KEY = "sk-test-0123456789-wxyz"
 CONFIG = {"provider": "openai", "api_key": API_KEY}
 OTHER = {"provider": "other", "api_key": "other key"}
 OTHER_ENCRYPTION_KEY = b"A" * 43 + b"=\n"
-REMEDY = "Check DATABASE_URL and the disk."
+REMEDY = "Check DATABASE_URL, locks, disk."
 
 # Few and always the same examples; `--hypothesis-profile=long` tries many others.
 settings.register_profile("suite", deadline=None, max_examples=150, derandomize=True)

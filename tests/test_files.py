@@ -487,11 +487,14 @@ def test_files_removed_after_changes_are_written_are_saved_later(
     assert config.provider == "other"
 
 
-def test_wal_keeps_its_place_on_disk_while_changes_come(app: Flask, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [5, -3600], ids=["at rest", "clock set back"])
+def test_wal_keeps_its_place_on_disk_while_changes_come(
+    app: Flask, tmp_path: Path, change: int
+) -> None:
     wal, sizes = tmp_path / "ai-provider.db-wal", []
     with app.app_context():
         ProviderConfig.put("openai", "key", "author")
-    for age in (0, 5):
+    for age in (0, change):
         os.utime(wal, (time.time() - age,) * 2)
         app.extensions["database_file"].save()
         sizes.append(wal.stat().st_size)
