@@ -38,7 +38,8 @@ class KeyFile:
                 keys = path.read_bytes().split()
                 self.cipher, self.version = MultiFernet([Fernet(key) for key in keys]), version
         except (FileNotFoundError, ValueError) as error:
-            fault = f"ENCRYPTION_KEY_FILE: {path}: {getattr(error, 'strerror', 'not Fernet keys')}."
+            cause = getattr(error, "strerror", "not Fernet keys")
+            fault = f"ENCRYPTION_KEY_FILE: {self.path}: {cause}."
             raise DecryptionError(f"{fault} {DecryptionError.remedy}") from error
         except OSError as error:
             raise StorageError(f"ENCRYPTION_KEY_FILE: {explain(error)}") from error
