@@ -75,7 +75,7 @@ def storage_errors() -> Iterator[None]:
 
 def report(message: str) -> None:
     """Say what a command changed, and why the log of the service does not."""
-    click.echo(f"{message} (Not in the service's log: only the service writes there.)", err=True)
+    click.echo(f"{message} (The service's log has only what the service does.)", err=True)
 
 
 def explain(error: OSError) -> str:
@@ -163,7 +163,7 @@ class DatabaseFile:
     def _require_wal(self) -> list[int]:
         # SQLite would write the -wal into any file. (While it is open, this would end its locks.)
         if self.path.read_bytes()[:16] != b"SQLite format 3\0":
-            raise StorageError(f"DATABASE_URL: {self.path} is no database. Put the right one back.")
+            raise StorageError(f"DATABASE_URL: {self.path} is damaged. See Back up in README.md.")
         # Return the inodes of both; none if nobody has the bytes locked that all users lock.
         with suppress(FileNotFoundError):
             return [self._wal.lstat().st_ino, self._shm.lstat().st_ino]

@@ -322,7 +322,7 @@ def test_lost_database_is_an_error_until_it_returns(
     assert server.get(credential).body == before
     assert server.put(OTHER, credential).status == 200
     log = server.stop()
-    causes = "is gone, or the service never started|is no database. Put the right one back"
+    causes = "is gone, or the service never started|is damaged. See Back up in README.md"
     assert len(re.findall(f"ERROR DATABASE_URL: {folder}/ai-provider.db ({causes}).\n", log)) == 3
     assert start_server().get(credential).body["data"]["provider"] == "other"
 
