@@ -5,7 +5,7 @@ import os
 import sqlite3
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
@@ -106,7 +106,6 @@ class DatabaseFile:
             raise StorageError(f"DATABASE_URL: {self.path} is gone, or the service never started.")
         with self.alone():
             is_saved = self._opened and self._close()
-            # SQLite has the other files beside the real one.
             self._wal, self._shm = (Path(f"{self.path.resolve()}{end}") for end in ("-wal", "-shm"))
             kept = [] if is_saved else self._require_wal()
             try:
@@ -208,14 +207,15 @@ class DatabaseFile:
         os.utime(self.path)  # or another process would save the same -wal again
 
     def _open(self) -> None:
+        if not self._wal.exists():
+            with closing(self._connect("rw")) as writer:  # only a writer rolls a journal back
+                writer.executescript("PRAGMA journal_mode = WAL")
         # To read, first: the last to close would write the -wal even into a damaged database.
-        self.connection = self._reader = self._connect("ro")
-        self._opened = [0]  # to be closed, even if what follows fails
+        self.connection: sqlite3.Connection = self._connect("ro")
+        self._reader, self._opened = self.connection, [0]  # closed even if what follows fails
         self._reader.executescript("PRAGMA user_version")
         self.connection = self._connect("rw")
-        # On disk before the answer; and in this mode, which a copy may not have.
-        self.connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
-        self._reader.executescript("PRAGMA user_version")  # opens the files of a new mode
+        self.connection.executescript("PRAGMA synchronous = FULL; PRAGMA user_version")
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"

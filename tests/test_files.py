@@ -463,6 +463,27 @@ def test_first_change_of_a_database_in_another_mode_is_no_error(app: Flask, tmp_
     assert config.provider == CONFIG["provider"]
 
 
+def test_journal_of_a_killed_writer_is_rolled_back(app: Flask, tmp_path: Path) -> None:
+    with app.app_context():
+        ProviderConfig.put(**CONFIG, updated_by="author")
+    close_database(app)
+    database, copy = tmp_path / "ai-provider.db", tmp_path / "copy"
+    with closing(sqlite3.connect(database, isolation_level=None)) as writer:
+        writer.executescript("PRAGMA journal_mode = DELETE; PRAGMA cache_size = 1; BEGIN")
+        writer.execute(
+            "UPDATE provider_config SET provider = 'other', updated_by = ?", ["x" * 9999]
+        )
+        writer.execute("UPDATE credential SET name = ?", ["x" * 99999])
+        journal = (tmp_path / "ai-provider.db-journal").read_bytes()
+        copy.write_bytes(database.read_bytes())
+    copy.replace(database)
+    (tmp_path / "ai-provider.db-journal").write_bytes(journal)
+    config = stored(app)
+    assert config
+    assert config.provider == CONFIG["provider"]
+    assert not (tmp_path / "ai-provider.db-journal").exists()
+
+
 def test_change_is_soon_in_the_database_itself(app: Flask, tmp_path: Path) -> None:
     with app.app_context():
         ProviderConfig.put("openai", "key", "author")
