@@ -215,7 +215,7 @@ class DatabaseFile:
         self._reader, self._opened = self.connection, [0]  # closed even if what follows fails
         self._reader.executescript("PRAGMA user_version")
         self.connection = self._connect("rw")
-        self.connection.executescript("PRAGMA synchronous = FULL; PRAGMA user_version")
+        self.connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"

@@ -463,6 +463,24 @@ def test_first_change_of_a_database_in_another_mode_is_no_error(app: Flask, tmp_
     assert config.provider == CONFIG["provider"]
 
 
+def test_copy_in_another_mode_beside_an_empty_wal_is_served_in_wal_mode(
+    app: Flask, tmp_path: Path
+) -> None:
+    with app.app_context():
+        ProviderConfig.put(**CONFIG, updated_by="author")
+    os.utime(tmp_path / "ai-provider.db-wal", (0, 0))
+    app.extensions["database_file"].save()
+    with closing(sqlite3.connect(tmp_path / "ai-provider.db")) as database:
+        database.execute("VACUUM INTO ?", [str(tmp_path / "copy")])
+    (tmp_path / "copy").replace(tmp_path / "ai-provider.db")
+    assert (tmp_path / "ai-provider.db-wal").stat().st_size == 0
+    with app.app_context():
+        ProviderConfig.put(**OTHER, updated_by="author")
+    connection = app.extensions["database_file"].connection
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert (tmp_path / "ai-provider.db-wal").stat().st_size > 0
+
+
 def test_journal_of_a_killed_writer_is_rolled_back(app: Flask, tmp_path: Path) -> None:
     with app.app_context():
         ProviderConfig.put(**CONFIG, updated_by="author")
