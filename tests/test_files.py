@@ -703,16 +703,20 @@ def test_stop_that_cannot_save_a_removed_wal_is_one_clear_line(
 
 
 def test_stop_that_cannot_save_the_wal_leaves_it_to_the_next_start(
-    server: Server, credential: str, start_server: StartServer, tmp_path: Path
+    app: Flask, tmp_path: Path
 ) -> None:
-    server.put(CONFIG, credential)
-    before = server.get(credential).body
-    assert server.process.pid
-    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, 0))
-    server.stop()
-    assert server.process.poll() == 0
+    with app.app_context():
+        ProviderConfig.put(**CONFIG, updated_by="author")
+    before = stored(app)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        close_database(app)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "ai-provider.db-wal").stat().st_size
-    assert start_server().get(credential).body == before
+    assert before
+    assert stored(app) == before
 
 
 @pytest.mark.parametrize("fault", FAULTS)
