@@ -27,7 +27,7 @@ import auth
 import database
 import schemas
 from encryption import key_file
-from models import ProviderConfig, backup_command, create_all, restore_command
+from models import ProviderConfig, backup_command, create_all, report, restore_command
 
 VERSION = "1.1.0"
 ROOT = Path(__file__).resolve().parent
@@ -103,14 +103,14 @@ def clear_command() -> None:
     """Remove the configuration."""
     if (provider := ProviderConfig.clear()) is None:
         raise click.ClickException(NOT_SET)
-    database.report(f"Removed the provider {provider!r}.")
+    report(f"Removed the provider {provider!r}.")
 
 
 @bp.cli.command("rotate-key")
 def rotate_key_command() -> None:
     """Encrypt with a new key; the old ones still decrypt."""
     ProviderConfig.rotate()
-    database.report(f"Rotated: {key_file.path} has a new first key. Copy it again.")
+    report(f"Rotated: {key_file.path} has a new first key. Copy it again.")
 
 
 def _handle_validation_error(error: ValidationError) -> tuple[dict[str, object], int]:

@@ -8,8 +8,7 @@ import click
 from flask import abort, g, request
 from flask.cli import AppGroup
 
-from database import report
-from models import Credential, create_all
+from models import Credential, create_all, report
 
 CREDENTIAL = re.compile(r"token ([A-Za-z0-9]{32}):([A-Za-z0-9]{64})")
 

@@ -73,11 +73,6 @@ def storage_errors() -> Iterator[None]:
         raise StorageError(f"Database error: {cause}. Check DATABASE_URL, locks, disk.") from error
 
 
-def report(message: str) -> None:
-    """Say what a command changed, and why the log of the service does not."""
-    click.echo(f"{message} (The service's log has only what the service does.)", err=True)
-
-
 def explain(error: OSError) -> str:
     """Return the fault and, where access is denied, who owns the file and who asks for it."""
     fault = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."

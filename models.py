@@ -19,7 +19,7 @@ from flask.cli import with_appcontext
 from sqlalchemy.orm import Mapped, mapped_column
 
 import database
-from database import Base, StorageError, db, execute, report, storage_errors, transaction
+from database import Base, StorageError, db, execute, storage_errors, transaction
 from encryption import key_file
 
 
@@ -176,6 +176,11 @@ def _create_sqlite_file(link: Path) -> None:
         with suppress(FileExistsError):  # another process was faster
             os.link(new.name, path)
             current_app.logger.warning("Created database %s.", path)
+
+
+def report(message: str) -> None:
+    """Say what a command changed, and why the log of the service does not."""
+    click.echo(f"{message} (The service's log has only what the service does.)", err=True)
 
 
 @click.command("backup")
