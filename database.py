@@ -202,6 +202,7 @@ class DatabaseFile:
         os.utime(self.path)  # or another process would save the same -wal again
 
     def _open(self) -> None:
+        inode = self.path.stat().st_ino
         if not self._wal.exists():
             with closing(self._connect("rw")) as writer:  # only a writer rolls a journal back
                 writer.executescript("PRAGMA journal_mode = WAL")
@@ -210,6 +211,8 @@ class DatabaseFile:
         self._reader, self._opened = self.connection, [0]  # closed even if what follows fails
         self._reader.executescript("PRAGMA user_version")
         self.connection = self._connect("rw")
+        if self.path.stat().st_ino != inode:  # the -wal beside it is not its own
+            raise sqlite3.OperationalError("its files were replaced")
         self.connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
 
     def _connect(self, mode: str) -> sqlite3.Connection:

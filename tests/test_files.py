@@ -333,6 +333,31 @@ def test_wal_removed_while_it_is_opened_loses_no_later_write(
     assert shown.body["data"]["provider"] == "other"
 
 
+def test_database_replaced_during_its_opening_leaves_the_wal_alone(
+    server: Server, app: Flask, credential: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, connect = tmp_path / "ai-provider.db", DatabaseFile._connect
+
+    def replace_and_connect(file: DatabaseFile, mode: str) -> sqlite3.Connection:
+        if mode == "rw":
+            monkeypatch.undo()
+            database.rename(tmp_path / "away")
+            shutil.copy(tmp_path / "older", database)
+        return connect(file, mode)
+
+    close_database(app)
+    shutil.copy(database, tmp_path / "older")
+    server.put(CONFIG, credential)
+    server.stop(signal.SIGKILL)
+    monkeypatch.setattr(DatabaseFile, "_connect", replace_and_connect)
+    with app.app_context(), pytest.raises(StorageError, match="its files were replaced"):
+        ProviderConfig.get()
+    (tmp_path / "away").replace(database)
+    config = stored(app)
+    assert config
+    assert config.provider == CONFIG["provider"]
+
+
 def test_removal_after_the_opening_is_noticed(
     app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
