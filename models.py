@@ -165,8 +165,9 @@ def create_all() -> None:
 def _create_sqlite_file(link: Path) -> None:
     path = Path(os.path.realpath(link))
     if Path(f"{path}-wal").exists() and not path.exists():
-        raise StorageError(f"{path} is gone. Put it back or, to begin anew, move {path}-wal away.")
-    with NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.") as new:
+        raise StorageError(f"Put the lost {path} back or, to begin anew, move {path}-wal away.")
+    folder = os.path.realpath(path.parent, strict=True)
+    with NamedTemporaryFile(dir=folder, prefix=f"{path.name}.") as new:
         if path.exists():
             return
         Path(new.name).chmod(0o600)  # SQLite gives the files beside it the same mode
@@ -190,7 +191,7 @@ def report(message: str) -> None:
 def backup_command(file: Path) -> None:
     """Back up the database to FILE, or for - to standard output."""
     database_file, place = _sqlite_file(file), Path(os.path.realpath(file))
-    folder = None if str(file) == "-" else place.parent.resolve(strict=True)
+    folder = None if str(file) == "-" else os.path.realpath(place.parent, strict=True)
     with TemporaryDirectory(dir=folder, prefix=f"{file.name}.") as private_folder:
         older = place.read_bytes() if place.is_file() else b"of another kind"
         if folder and place.exists() and not re.match(rb"(?s)\Z|SQLite.*provider_config", older):

@@ -124,13 +124,18 @@ def test_backup_that_fails_leaves_the_older_one(
     assert [*tmp_path.glob("tmp*")] == []
 
 
-def test_backup_into_a_missing_folder_is_one_clear_line(
-    app: Flask, runner: FlaskCliRunner, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("missing", "No such file or directory"), ("loop", "Too many levels of symbolic links")],
+    ids=["missing", "loop"],
+)
+def test_backup_into_a_folder_that_is_none_is_one_clear_line(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path, name: str, fault: str
 ) -> None:
     put(app, "first")
-    result = runner.invoke(args=["backup", str(tmp_path / "folder" / "backup")])
-    assert result.exit_code == 1
-    assert result.stderr == f"Error: {tmp_path}/folder: No such file or directory.\n"
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    result = runner.invoke(args=["backup", str(tmp_path / name / "backup")])
+    assert (result.exit_code, result.stderr) == (1, f"Error: {tmp_path / name}: {fault}.\n")
 
 
 def garbled(path: Path) -> None:

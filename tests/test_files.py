@@ -116,7 +116,7 @@ def test_wal_without_its_database_is_not_lost(
     for path in (database, tmp_path / "link.db"):
         url = f"sqlite:///{path}"
         refusals = [run(serve, DATABASE_URL=url), flask("credentials", "create", DATABASE_URL=url)]
-        message = f"{database} is gone. Put it back or, to begin anew, move {database}-wal away."
+        message = f"Put the lost {database} back or, to begin anew, move {database}-wal away."
         assert refusals == [(1, "", f"Error: {message}\n")] * 2
     away.rename(database)
     assert start_server().get(credential).body == before
