@@ -206,6 +206,29 @@ def test_refused_command_leaves_the_wal_of_the_service(
     assert start_server().get(credential).body["data"]["provider"] == "openai"
 
 
+def lose_files_before_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = DatabaseFile._state
+
+    def lose_files_and_look(file: DatabaseFile) -> list[int]:
+        for path in file.path.parent.glob("*.db-*"):
+            path.unlink()
+        return look(file)
+
+    monkeypatch.setattr(DatabaseFile, "_state", lose_files_and_look)
+
+
+def test_files_removed_twice_while_a_command_opens_them_lose_no_write_of_the_service(
+    server: Server, app: Flask, credential: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.put(CONFIG, credential)
+    lose_files_before_the_opening(monkeypatch, "-wal", "-shm")
+    lose_files_before_a_look(monkeypatch)
+    refusal = pytest.raises(StorageError, match="in use without -wal or -shm")
+    with paused(server), app.app_context(), refusal:
+        ProviderConfig.get()
+    assert server.get(credential).body["data"]["provider"] == "openai"
+
+
 def meanwhile(pool: Executor, request: Callable[[], Answer]) -> Future[Answer]:
     """Begin the request, and let it end now if nothing holds it up."""
     answer = pool.submit(request)
@@ -361,16 +384,9 @@ def test_database_replaced_during_its_opening_leaves_the_wal_alone(
 def test_removal_after_the_opening_is_noticed(
     app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look = DatabaseFile._state
-
-    def lose_files_and_look(file: DatabaseFile) -> list[int]:
-        for path in tmp_path.glob("*.db-*"):
-            path.unlink()
-        return look(file)
-
     close_database(app)
     with monkeypatch.context() as patch, app.app_context():
-        patch.setattr(DatabaseFile, "_state", lose_files_and_look)
+        lose_files_before_a_look(patch)
         with pytest.raises(StorageError, match="its files were replaced"):
             ProviderConfig.put("openai", "key", "author")
     with app.app_context():
