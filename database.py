@@ -105,18 +105,16 @@ class DatabaseFile:
             kept = [] if is_saved else self._require_wal()
             try:
                 self._open()
-                # 0, which no later look returns, for what was removed meanwhile.
-                present = [*self._state(), 0, 0][:4]
-                kept = kept or present[2:]
-                if kept == present[2:]:
-                    self._opened = present
+                present = self._state()
+                if kept == present[2:]:  # or one connection may have a removed file, and one a new
+                    # 0, which no later look returns, for what was removed meanwhile.
+                    self._opened = [*present, 0, 0][:4]
                     return self.connection
             finally:
                 # What was made in the place of a removed file would be taken for that of others.
                 for path, inode in zip((self._wal, self._shm), kept, strict=False):
                     if path.exists() and path.lstat().st_ino != inode:
                         path.unlink()
-            self._close()
         return self.connect()
 
     def confirm(self) -> None:
@@ -206,13 +204,12 @@ class DatabaseFile:
         if not self._wal.exists():
             with closing(self._connect("rw")) as writer:  # only a writer rolls a journal back
                 writer.executescript("PRAGMA journal_mode = WAL")
-        # To read, first: the last to close would write the -wal even into a damaged database.
-        self.connection: sqlite3.Connection = self._connect("ro")
-        self._reader, self._opened = self.connection, [0]  # closed even if what follows fails
-        self._reader.executescript("PRAGMA user_version")
-        self.connection = self._connect("rw")
+        self.connection: sqlite3.Connection = self._connect("rw")
+        self._reader, self._opened = self._connect("ro"), [0]  # closed even if what follows fails
         if self.path.stat().st_ino != inode:  # the -wal beside it is not its own
             raise sqlite3.OperationalError("its files were replaced")
+        # To read, first: the last to close would write the -wal even into a damaged database.
+        self._reader.executescript("PRAGMA user_version")
         self.connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
 
     def _connect(self, mode: str) -> sqlite3.Connection:

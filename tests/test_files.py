@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,11 @@ def remove_files(folder: Path, *suffixes: str) -> None:
         (folder / f"ai-provider.db{suffix}").unlink()
 
 
+def remove_what_is_beside_the_database(folder: Path) -> None:
+    for path in folder.glob("*.db-*"):
+        path.unlink()
+
+
 def lose_files_before_the_opening(monkeypatch: pytest.MonkeyPatch, *suffixes: str) -> None:
     require_wal = DatabaseFile._require_wal
 
@@ -210,8 +216,7 @@ def lose_files_before_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
     look = DatabaseFile._state
 
     def lose_files_and_look(file: DatabaseFile) -> list[int]:
-        for path in file.path.parent.glob("*.db-*"):
-            path.unlink()
+        remove_what_is_beside_the_database(file.path.parent)
         return look(file)
 
     monkeypatch.setattr(DatabaseFile, "_state", lose_files_and_look)
@@ -324,28 +329,39 @@ def test_command_beside_a_service_that_stops_is_not_refused(
         assert Credential.revoke(credential[:32])
 
 
-@pytest.mark.parametrize("mode", ["ro", "rw"])
-def test_wal_removed_while_it_is_opened_loses_no_later_write(
+@pytest.mark.parametrize("lost", [[], ["-shm"]], ids=["nothing", "shm"])
+@pytest.mark.parametrize("step", range(6))
+def test_files_removed_at_any_step_of_the_opening_lose_no_later_write(
     start_server: StartServer,
     app: Flask,
     credential: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    mode: str,
+    step: int,
+    lost: list[str],
 ) -> None:
-    connect = DatabaseFile._connect
+    connect, steps = DatabaseFile._connect, count()
 
-    def lose_wal_and_connect(file: DatabaseFile, mode_now: str) -> sqlite3.Connection:
-        if mode_now == "rw":
-            remove_files(tmp_path, "-wal")
-        if mode_now == mode == "rw":
-            file._reader.set_trace_callback(lambda _statement: remove_files(tmp_path, "-wal"))
-        return connect(file, mode_now)
+    def lose_files_in_time(_statement: str = "") -> None:
+        if next(steps) == step:
+            remove_what_is_beside_the_database(tmp_path)
+
+    def connect_and_lose_files(file: DatabaseFile, mode: str) -> sqlite3.Connection:
+        lose_files_in_time()
+        connection = connect(file, mode)
+        connection.set_trace_callback(lose_files_in_time)
+        return connection
 
     close_database(app)
-    with monkeypatch.context() as patch, app.app_context(), suppress(StorageError):
-        patch.setattr(DatabaseFile, "_connect", lose_wal_and_connect)
-        ProviderConfig.put("openai", "key", "author")
+    server = start_server()
+    server.put(CONFIG, credential)
+    server.stop(signal.SIGKILL)
+    for suffix in lost:
+        (tmp_path / f"ai-provider.db{suffix}").unlink()
+    monkeypatch.setattr(DatabaseFile, "_connect", connect_and_lose_files)
+    with app.app_context(), suppress(StorageError):
+        ProviderConfig.get()
+    assert next(steps) > step
     with app.app_context():
         ProviderConfig.put("other", "key", "author")
     copy = tmp_path / "copy"
