@@ -181,7 +181,7 @@ def _create_sqlite_file(link: Path) -> None:
 
 def report(message: str) -> None:
     """Say what a command changed, and why the log of the service does not."""
-    click.echo(f"{message} (The service's log has only what the service does.)", err=True)
+    click.echo(f"{message} (Not in the service's log, which only the service writes.)", err=True)
 
 
 @click.command("backup")

@@ -320,7 +320,7 @@ def forget_last_use(database_url: str) -> None:
 
 def reported(message: str) -> str:
     """Return what a command prints of a change."""
-    return f"{message} (The service's log has only what the service does.)\n"
+    return f"{message} (Not in the service's log, which only the service writes.)\n"
 
 
 def flask(*arguments: str, **settings: str) -> tuple[int, str, str]:
