@@ -77,16 +77,14 @@ def _engine_options(database_url: str, folder: Path) -> dict[str, Any]:
         if is_postgresql and "@" not in f"{url.host}{url.database}":
             # Whatever the server's own settings: what is acknowledged is on disk, text is UTF-8.
             session = f"{url.query.get('options', '')} -c lock_timeout=2s -c synchronous_commit=on"
-            limits = {"connect_timeout": "2", "tcp_user_timeout": "4000", "client_encoding": "utf8"}
-            url = url.set(drivername="postgresql+psycopg").update_query_dict(limits)
-            url = url.update_query_dict({"options": session})
+            limits = {"connect_timeout": 2, "tcp_user_timeout": 4000, "client_encoding": "utf8"}
             options = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
             # The server may have been restarted since the last request.
-            return {"url": url, "pool_pre_ping": True, **options}
+            options |= {"pool_pre_ping": True, "connect_args": {**limits, "options": session}}
+            return {"url": url.set(drivername="postgresql+psycopg"), **options}
         no_file = url.host or url.query or url.database in {None, "", ":memory:"}
         if url.drivername == "sqlite" and not no_file:
-            url = url.set(database=str(folder / str(url.database)))
-            return {"url": url, "paramstyle": "named"}
+            return {"url": url.set(database=str(folder / str(url.database))), "paramstyle": "named"}
     raise click.ClickException(
         "DATABASE_URL must be sqlite:/// and a file's path, or postgresql:// and an address, in"
         " which the special characters of a password are percent-encoded: %40 for @."
