@@ -17,7 +17,6 @@ import sqlalchemy as sa
 from flask import Flask, current_app, g
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import DeclarativeBase
-from sqlalchemy.sql.selectable import ExecutableReturnsRows as Statement
 
 
 class StorageError(click.ClickException):
@@ -228,12 +227,12 @@ class DatabaseFile:
 
 
 @lru_cache
-def _compile_statement(statement: Statement, dialect: sa.Dialect) -> tuple[str, Any, Any]:
+def _compile_statement(statement: sa.ReturnsRows, dialect: sa.Dialect) -> tuple[str, Any, Any]:
     compiled = statement.compile(dialect=dialect)
     return compiled.string, compiled.params, namedtuple("Row", statement.exported_columns.keys())
 
 
-def execute(statement: Statement, **parameters: object) -> list[Any]:
+def execute(statement: sa.ReturnsRows, **parameters: object) -> list[Any]:
     """Return the rows of a statement; raise StorageError."""
     sql, defaults, row_type = _compile_statement(statement, db.engine.dialect)
     with storage_errors(), lock:
