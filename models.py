@@ -18,8 +18,7 @@ from flask import current_app
 from flask.cli import with_appcontext
 from sqlalchemy.orm import Mapped, mapped_column
 
-import database
-from database import Base, StorageError, db, execute, storage_errors, transaction
+from database import Base, DatabaseFile, StorageError, db, execute, storage_errors, transaction
 from encryption import key_file
 
 
@@ -238,8 +237,8 @@ def _refuse_lock(status: int, *_: int) -> None:
         raise sqlite3.OperationalError("database is locked")
 
 
-def _sqlite_file(other: Path) -> database.DatabaseFile:
-    database_file: database.DatabaseFile | None = current_app.extensions.get("database_file")
+def _sqlite_file(other: Path) -> DatabaseFile:
+    database_file: DatabaseFile | None = current_app.extensions.get("database_file")
     if not database_file:
         raise click.ClickException("Use pg_dump and pg_restore for a PostgreSQL database.")
     own = re.escape(os.path.realpath(database_file.path)) + "(-wal|-shm|-journal)?"
