@@ -31,7 +31,7 @@ from flask.testing import FlaskClient
 
 import encryption
 from database import StorageError, db, execute, transaction
-from models import Credential, ProviderConfig
+from models import Credential, ProviderConfig, create_all
 
 
 @pytest.mark.parametrize(("pragma", "value"), [("journal_mode", "wal"), ("synchronous", 2)])
@@ -299,6 +299,21 @@ def test_created_files_are_logged_once(start_server: StartServer, key_file: Path
     assert [log.count(line) for line in created] == [1, 1]
     log = start_server().stop()
     assert [log.count(line) for line in created] == [0, 0]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_one_process_at_a_time_creates_the_tables(app: Flask, database_url: str) -> None:
+    def look(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if "CREATE TABLE" in statement:
+            with psycopg.connect(database_url) as other:
+                free.append(other.execute("SELECT pg_try_advisory_xact_lock(5741)").fetchone())
+
+    free: list[object] = []
+    with app.app_context():
+        db.drop_all()
+        sa.event.listen(db.engine, "before_cursor_execute", look)
+        create_all()
+    assert free == [(False,), (False,)]
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
