@@ -48,7 +48,7 @@ BAD_DATABASE_URLS = [
 DATABASE_URLS = {
     "nonsense": BAD_DATABASE_URL,
     "sqlite:////nowhere/x.db": (
-        "DATABASE_URL: /nowhere/x.db is gone, or the service never started."
+        "DATABASE_URL: no /nowhere/x.db. Put it back, or start the service."
     ),
     "postgresql://user:SECRET@127.0.0.1:1/db": (
         'Database error: connection failed: connection to server at "127.0.0.1", port 1'
