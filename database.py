@@ -152,13 +152,13 @@ class DatabaseFile:
             os.close(folder)
 
     def _require_wal(self) -> list[int]:
-        # SQLite would write the -wal into any file. (While it is open, this would end its locks.)
-        if self.path.read_bytes()[:16] != b"SQLite format 3\0":
-            raise StorageError(f"DATABASE_URL: {self.path} is damaged. See Back up in README.md.")
-        # Return the inodes of both; none if nobody has the bytes locked that all users lock.
-        with suppress(FileNotFoundError):
-            return [self._wal.lstat().st_ino, self._shm.lstat().st_ino]
+        # While the database is open, this would end the locks of SQLite.
         with self.path.open("r+b") as file, suppress(BlockingIOError):
+            if file.read(16) != b"SQLite format 3\0":  # SQLite would write the -wal into any file
+                raise StorageError(f"DATABASE_URL: {self.path} is damaged. See Back up in README.")
+            # Return the inodes of both; none if nobody has the bytes locked that all users lock.
+            with suppress(FileNotFoundError):
+                return [self._wal.lstat().st_ino, self._shm.lstat().st_ino]
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)
             return []
         raise StorageError(f"{self.path} is in use without -wal or -shm. Try again in 5 seconds.")
