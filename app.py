@@ -222,7 +222,7 @@ def create_servers(app: Flask, sockets: dict[Any, Any]) -> list[schemas.Server]:
             recv_bytes=2048,
             connection_limit=min(500, os.sysconf("SC_OPEN_MAX") - 32),
             channel_timeout=10,
-            cleanup_interval=5,
+            cleanup_interval=1,  # after which the -wal is saved, too
             ident="",
         )
         limits.send_bytes = 16 * 1024  # or the headers leave before the body, in another packet

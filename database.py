@@ -161,7 +161,7 @@ class DatabaseFile:
                 return [self._wal.lstat().st_ino, self._shm.lstat().st_ino]
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)
             return []
-        raise StorageError(f"{self.path} is in use without -wal or -shm. Try again in 5 seconds.")
+        raise StorageError(f"{self.path} is in use without -wal or -shm. Try again in 2 seconds.")
 
     def close(self) -> None:
         """Close, after saving what only the -wal has."""

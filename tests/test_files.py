@@ -125,7 +125,7 @@ def test_wal_without_its_database_is_not_lost(
 
 @contextmanager
 def paused(server: Server) -> Iterator[None]:
-    """Keep the server from acting by itself, every five seconds."""
+    """Keep the server from acting by itself, each second."""
     server.process.send_signal(signal.SIGSTOP)
     yield
     server.process.send_signal(signal.SIGCONT)
@@ -150,7 +150,7 @@ def test_command_is_refused_while_the_service_writes_to_a_removed_file(
     database = tmp_path / "ai-provider.db"
     arguments = [*command.split(), credential][: 3 if "revoke" in command else 2]
     cause = f"{database} is in use without -wal or -shm."
-    refusal = f"Error: {cause} Try again in 5 seconds.\n"
+    refusal = f"Error: {cause} Try again in 2 seconds.\n"
     with paused(server):
         for suffix in suffixes:
             database.with_name(f"ai-provider.db{suffix}").unlink()

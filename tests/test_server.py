@@ -462,7 +462,7 @@ def test_client_that_goes_away_leaves_no_traceback(
 def test_idle_connections_have_a_limit_in_time(app: Flask) -> None:
     (server,) = create_servers(app, {})
     server.close()
-    assert (server.adj.channel_timeout, server.adj.cleanup_interval) == (10, 5)
+    assert (server.adj.channel_timeout, server.adj.cleanup_interval) == (10, 1)
 
 
 @on_both
