@@ -12,7 +12,7 @@ from database import StorageError, explain, transaction
 class DecryptionError(StorageError):
     """A key file that is missing, malformed, or has no key for what is stored."""
 
-    remedy = "Put the right file back, or set the provider again after moving a damaged one away."
+    remedy = "Put the right file back, or move a damaged one away and set the provider again."
     public = f"The encryption key file is missing, damaged, or lacks the right key. {remedy}"
 
 
@@ -38,7 +38,7 @@ class KeyFile:
                 keys = path.read_bytes().split()
                 self.cipher, self.version = MultiFernet([Fernet(key) for key in keys]), version
         except (FileNotFoundError, ValueError) as error:
-            cause = getattr(error, "strerror", "not Fernet keys")
+            cause = getattr(error, "strerror", "not one Fernet key a line")
             fault = f"ENCRYPTION_KEY_FILE: {self.path}: {cause}."
             raise DecryptionError(f"{fault} {DecryptionError.remedy}") from error
         except OSError as error:

@@ -180,7 +180,7 @@ def _create_sqlite_file(link: Path) -> None:
 
 def report(message: str) -> None:
     """Say what a command changed, and why the log of the service does not."""
-    click.echo(f"{message} (Not in the service's log, which only the service writes.)", err=True)
+    click.echo(f"{message} (Commands do not write to the service's log.)", err=True)
 
 
 @click.command("backup")
@@ -194,7 +194,7 @@ def backup_command(file: Path) -> None:
     with TemporaryDirectory(dir=folder, prefix=f"{file.name}.") as private_folder:
         older = place.read_bytes() if place.is_file() else b"of another kind"
         if folder and place.exists() and not re.match(rb"(?s)\Z|SQLite.*provider_config", older):
-            raise click.ClickException(f"{file} is no backup of this service, and is not replaced.")
+            raise click.ClickException(f"{file} is not a backup of this service: not replaced.")
         copy = Path(private_folder, "copy")
         copy.touch(0o600)
         with closing(sqlite3.connect(copy)) as target:
@@ -221,7 +221,7 @@ def restore_command(file: Path) -> None:
             Path(folder, "copy-wal").write_bytes(Path(f"{os.path.realpath(file)}-wal").read_bytes())
         with closing(sqlite3.connect(copy)) as source:
             if not _has_intact_tables(source):
-                raise click.ClickException(f"{file} is empty, damaged, or not of this service.")
+                raise click.ClickException(f"{file} is not an intact backup of this service.")
             source.backup(present, progress=_refuse_lock)
         database_file.confirm()
     report(f"Restored {database_file.path} from {file}.")
@@ -243,7 +243,7 @@ def _sqlite_file(other: Path) -> DatabaseFile:
         raise click.ClickException("Use pg_dump and pg_restore for a PostgreSQL database.")
     own = re.escape(os.path.realpath(database_file.path)) + "(-wal|-shm|-journal)?"
     if re.fullmatch(own, os.path.realpath(other)):
-        raise click.ClickException(f"{other} belongs to the database.")
+        raise click.ClickException(f"{other} belongs to the database. Name another file.")
     return database_file
 
 

@@ -320,7 +320,7 @@ def forget_last_use(database_url: str) -> None:
 
 def reported(message: str) -> str:
     """Return what a command prints of a change."""
-    return f"{message} (Not in the service's log, which only the service writes.)\n"
+    return f"{message} (Commands do not write to the service's log.)\n"
 
 
 def flask(*arguments: str, **settings: str) -> tuple[int, str, str]:
@@ -346,7 +346,7 @@ INTERNAL_ERROR = failure(
     "GeneralException",
     "What is stored cannot be read or written. The log names the cause.",
 )
-KEY_REMEDY = "Put the right file back, or set the provider again after moving a damaged one away."
+KEY_REMEDY = "Put the right file back, or move a damaged one away and set the provider again."
 UNREADABLE = failure(
     "GeneralException",
     f"The encryption key file is missing, damaged, or lacks the right key. {KEY_REMEDY}",

@@ -174,7 +174,7 @@ def test_damaged_backup_changes_nothing(
     before = stored(app)
     result = runner.invoke(args=["restore", str(backup)])
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == f"Error: {backup} is empty, damaged, or not of this service.\n"
+    assert result.stderr == f"Error: {backup} is not an intact backup of this service.\n"
     assert stored(app) == before
 
 
@@ -199,7 +199,8 @@ def test_database_is_not_its_own_backup(
     link = tmp_path / "link"
     link.symlink_to(tmp_path / f"ai-provider.db{suffix}")
     result = runner.invoke(args=[command, str(link)])
-    assert (result.exit_code, result.stderr) == (1, f"Error: {link} belongs to the database.\n")
+    refusal = f"Error: {link} belongs to the database. Name another file.\n"
+    assert (result.exit_code, result.stderr) == (1, refusal)
 
 
 def test_link_to_itself_is_replaced_by_a_backup(
@@ -321,9 +322,7 @@ def test_what_is_no_backup_is_not_replaced_by_one(
     before = key_file.stat()
     result = runner.invoke(args=["backup", str(key_file)])
     assert result.exit_code == 1
-    assert (
-        result.stderr == f"Error: {key_file} is no backup of this service, and is not replaced.\n"
-    )
+    assert result.stderr == f"Error: {key_file} is not a backup of this service: not replaced.\n"
     assert key_file.stat().st_ino == before.st_ino
 
 

@@ -69,7 +69,7 @@ def test_bad_database_url_is_one_clear_line(url: str, message: str) -> None:
     assert flask("credentials", "list", DATABASE_URL=url) == (1, "", f"Error: {message}\n")
 
 
-NO_SETTING = "Must be NAME=value as in .env.example."
+NO_SETTING = "Must be SETTING=value of .env.example."
 RULES = {
     "AI_PROVIDERS": "Must be names of 1 to 30 characters in printable ASCII, separated by commas.",
     "DATABASE_URL": "Must not be empty. Leave it out for the default.",
@@ -151,7 +151,7 @@ def test_unusable_key_file_is_one_clear_line(key_file: Path, content: bytes) -> 
     assert (status, output) == (1, "")
     assert "Traceback" not in log
     assert log.endswith(
-        f"\nError: ENCRYPTION_KEY_FILE: {key_file}: not Fernet keys. {KEY_REMEDY}\n"
+        f"\nError: ENCRYPTION_KEY_FILE: {key_file}: not one Fernet key a line. {KEY_REMEDY}\n"
     )
     assert key_file.read_bytes() == content
 
