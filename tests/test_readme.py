@@ -80,7 +80,7 @@ def test_backup_of_a_running_service_is_restored_with_its_key(
         "restore -", checkout
     )
     assert server.get(credential).body == before
-    run_block("sh -c 'umask 077; cat > instance/encryption.key'", checkout)
+    run_block("key.new", checkout)
     assert server.get(credential).body == before
 
 
@@ -91,6 +91,14 @@ def test_backup_that_fails_leaves_the_one_before(checkout: Path, tmp_path: Path)
     (checkout / "instance" / "ai-provider.db").unlink()
     assert run_shell(find_block("backup -"), checkout).returncode == 1
     assert (tmp_path / "ai-provider-backup.db").read_bytes() == before
+
+
+def test_empty_copy_of_the_key_replaces_nothing(checkout: Path, tmp_path: Path) -> None:
+    create_credential(checkout)
+    before = (checkout / "instance" / "encryption.key").read_bytes()
+    (tmp_path / "encryption-backup.key").touch()
+    assert run_shell(find_block("key.new"), checkout).returncode == 1
+    assert (checkout / "instance" / "encryption.key").read_bytes() == before
 
 
 def test_backup_is_restored_on_another_machine(
@@ -108,7 +116,7 @@ def test_backup_is_restored_on_another_machine(
     assert server.get(credential).status == 401
     shown = run_block("restore -", other)
     assert "Put the right file back" in shown
-    run_block("sh -c 'umask 077; cat > instance/encryption.key'", other)
+    run_block("key.new", other)
     assert server.get(credential).body == before
     assert {path.stat().st_mode for path in (other / "instance").iterdir()} == {0o100600}
 
