@@ -4,6 +4,7 @@ The floor is a Flask view that does one raw SQLite upsert (PUT) or read (GET) wi
 service's own database settings, without authentication, validation, encryption or log.
 """
 
+import argparse
 import json
 import os
 import re
@@ -210,7 +211,7 @@ def servers() -> Iterator[dict[str, Server]]:
                     ((f"{number:032}", f"{number:064}") for number in range(credentials - 1)),
                 )
             started.append(Server(name, place, [str(ROOT / "app.py")], token))
-        floor = [__file__, str(folder / "floor.db")]
+        floor = [__file__, "--floor", str(folder / "floor.db")]
         started.append(Server("floor", folder, floor))
         for server in started:
             stack.callback(server.process.wait)
@@ -295,4 +296,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    serve_floor(sys.argv[1]) if len(sys.argv) > 1 else main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--floor", metavar="PATH", help="serve the floor alone, on this database")
+    path = parser.parse_args().floor
+    serve_floor(path) if path else main()
