@@ -307,7 +307,7 @@ def test_client_that_takes_no_answer_gets_no_other_until_it_does(app: Flask) -> 
         received = b""
         while received.count(b"HTTP/1.1 200 OK") < 100:
             wasyncore.loop(0, map=sockets, count=20)
-            received += connection.recv(65536)
+            received += connection.recv(65536) or pytest.fail("The connection is closed.")
     wasyncore.close_all(sockets)
 
 
