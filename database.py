@@ -101,18 +101,19 @@ class DatabaseFile:
         with self.alone():
             is_saved = self._opened and self._close()
             self._wal, self._shm = (Path(f"{self.path.resolve()}{end}") for end in ("-wal", "-shm"))
-            kept = [] if is_saved else self._require_wal()
+            inode, kept = self.path.stat().st_ino, [] if is_saved else self._require_wal()
             try:
-                self._open()
+                self._open(inode)
                 present = self._state()
-                if kept == present[2:]:  # or one connection may have a removed file, and one a new
+                # Otherwise one connection may have a removed or replaced file, and one a new.
+                if [inode, *kept] == present[1:]:
                     # 0, which no later look returns, for what was removed meanwhile.
                     self._opened = [*present, 0, 0][:4]
                     return self.connection
             finally:
                 # What was made in the place of a removed file would be taken for that of others.
-                for path, inode in zip((self._wal, self._shm), kept, strict=False):
-                    if path.exists() and path.lstat().st_ino != inode:
+                for path, before in zip((self._wal, self._shm), kept, strict=False):
+                    if path.exists() and path.lstat().st_ino != before:
                         path.unlink()
         return self.connect()
 
@@ -198,8 +199,7 @@ class DatabaseFile:
         self._shm.unlink(missing_ok=True)
         os.utime(self.path)  # or another process would save the same -wal again
 
-    def _open(self) -> None:
-        inode = self.path.stat().st_ino
+    def _open(self, inode: int) -> None:
         if not self._wal.exists():
             with closing(self._connect("rw")) as writer:  # only a writer rolls a journal back
                 writer.executescript("PRAGMA journal_mode = WAL")

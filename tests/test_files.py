@@ -329,9 +329,15 @@ def test_command_beside_a_service_that_stops_is_not_refused(
         assert Credential.revoke(credential[:32])
 
 
+def replace_database(folder: Path) -> None:
+    shutil.copy2(folder / "ai-provider.db", folder / "same.db")
+    (folder / "same.db").replace(folder / "ai-provider.db")
+
+
+@pytest.mark.parametrize("act", [remove_what_is_beside_the_database, replace_database])
 @pytest.mark.parametrize("lost", [[], ["-shm"]], ids=["nothing", "shm"])
 @pytest.mark.parametrize("step", range(6))
-def test_files_removed_at_any_step_of_the_opening_lose_no_later_write(
+def test_act_at_any_step_of_the_opening_loses_no_later_write(
     start_server: StartServer,
     app: Flask,
     credential: str,
@@ -339,17 +345,18 @@ def test_files_removed_at_any_step_of_the_opening_lose_no_later_write(
     monkeypatch: pytest.MonkeyPatch,
     step: int,
     lost: list[str],
+    act: Callable[[Path], None],
 ) -> None:
     connect, steps = DatabaseFile._connect, count()
 
-    def lose_files_in_time(_statement: str = "") -> None:
+    def act_in_time(_statement: str = "") -> None:
         if next(steps) == step:
-            remove_what_is_beside_the_database(tmp_path)
+            act(tmp_path)
 
-    def connect_and_lose_files(file: DatabaseFile, mode: str) -> sqlite3.Connection:
-        lose_files_in_time()
+    def connect_and_act(file: DatabaseFile, mode: str) -> sqlite3.Connection:
+        act_in_time()
         connection = connect(file, mode)
-        connection.set_trace_callback(lose_files_in_time)
+        connection.set_trace_callback(act_in_time)
         return connection
 
     close_database(app)
@@ -358,7 +365,7 @@ def test_files_removed_at_any_step_of_the_opening_lose_no_later_write(
     server.stop(signal.SIGKILL)
     for suffix in lost:
         (tmp_path / f"ai-provider.db{suffix}").unlink()
-    monkeypatch.setattr(DatabaseFile, "_connect", connect_and_lose_files)
+    monkeypatch.setattr(DatabaseFile, "_connect", connect_and_act)
     with app.app_context(), suppress(StorageError):
         ProviderConfig.get()
     assert next(steps) > step
@@ -368,8 +375,10 @@ def test_files_removed_at_any_step_of_the_opening_lose_no_later_write(
     copy.mkdir()
     for suffix in ("", "-wal"):
         shutil.copy(tmp_path / f"ai-provider.db{suffix}", copy)
-    shown = start_server(DATABASE_URL=f"sqlite:///{copy}/ai-provider.db").get(credential)
-    assert shown.body["data"]["provider"] == "other"
+    close_database(app)
+    for folder in (copy, tmp_path):
+        shown = start_server(DATABASE_URL=f"sqlite:///{folder}/ai-provider.db").get(credential)
+        assert shown.body["data"]["provider"] == "other"
 
 
 def test_database_replaced_during_its_opening_leaves_the_wal_alone(
