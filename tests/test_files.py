@@ -131,6 +131,21 @@ def paused(server: Server) -> Iterator[None]:
     server.process.send_signal(signal.SIGCONT)
 
 
+def test_stop_saves_a_removed_wal_in_the_database_that_is_away(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    server = start_server()
+    server.put(CONFIG, credential)
+    before = server.get(credential).body
+    database, away = tmp_path / "ai-provider.db", tmp_path / "away"
+    with paused(server):
+        (tmp_path / "ai-provider.db-wal").unlink()
+        database.rename(away)
+    server.stop()
+    away.rename(database)
+    assert start_server().get(credential).body == before
+
+
 @pytest.mark.parametrize(
     ("suffixes", "command"),
     [
