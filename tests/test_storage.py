@@ -340,3 +340,14 @@ def test_postgresql_acknowledges_only_what_is_on_disk(app: Flask, database_url: 
     with app.app_context():
         db.engine.dispose()
         assert execute(setting) == [("on",)]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_options_in_the_address_of_postgresql_are_kept(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, start_app: StartApp
+) -> None:
+    url = sa.make_url(database_url).update_query_dict({"options": "-c statement_timeout=7s"})
+    monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
+    setting = sa.select(sa.func.current_setting("statement_timeout").label("value"))
+    with start_app().app_context():
+        assert execute(setting) == [("7s",)]
