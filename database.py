@@ -174,7 +174,7 @@ class DatabaseFile:
         # Return whether what was open is saved.
         present = self._state()
         is_ours = present[:2] == self._opened[:2]
-        is_away = not present and self._opened[1:]  # with its inode, and may come back
+        is_away = not present and self._opened[1:]  # it may come back, with the same inode
         if present == self._opened or is_away:
             # As the last to close does, which this may not be. If it fails, the -wal keeps all.
             with suppress(sqlite3.Error):
