@@ -128,7 +128,7 @@ class DatabaseFile:
         """Write the -wal into the database, if nothing is in the way; empty it at rest."""
         with suppress(StorageError, sqlite3.Error, OSError):  # a request tells of them
             connection = self.connect()
-            with self.alone():  # or what another process has saved meanwhile would seem our own
+            with self.alone(tries=1):  # or what another process has saved would seem our own
                 self.confirm()
                 # While changes come, it is overwritten, which is faster than growing anew. Both
                 # modes keep writers out: they would take the new time for a copied file's.
@@ -137,11 +137,11 @@ class DatabaseFile:
                 self._opened[0] = self.path.stat().st_mtime_ns
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self, tries: int = 40) -> Iterator[None]:
         """Keep others from opening or closing: they would remove what this process makes."""
         folder = os.open(Path(os.path.realpath(self.path)).parent, os.O_RDONLY)
         try:
-            for _ in range(40):
+            for _ in range(tries):
                 with suppress(BlockingIOError):
                     fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
@@ -178,7 +178,7 @@ class DatabaseFile:
         if present == self._opened or is_away:
             # As the last to close does, which this may not be. If it fails, the -wal keeps all.
             with suppress(sqlite3.Error):
-                self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self.connection.execute("PRAGMA wal_checkpoint(RESTART)")
             self._reader.close()
         elif is_ours:
             self._save_wal()

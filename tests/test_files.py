@@ -146,6 +146,32 @@ def test_stop_saves_a_removed_wal_in_the_database_that_is_away(
     assert start_server().get(credential).body == before
 
 
+def test_stop_leaves_the_wal_of_a_database_that_is_away(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    server = start_server()
+    server.put(CONFIG, credential)
+    with paused(server):
+        before = (tmp_path / "ai-provider.db-wal").read_bytes()
+        (tmp_path / "ai-provider.db").rename(tmp_path / "away")
+    server.stop()
+    assert (tmp_path / "ai-provider.db-wal").read_bytes() == before != b""
+
+
+def test_maintenance_does_not_wait_for_a_locked_folder(
+    app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    naps: list[float] = []
+    database_file = app.extensions["database_file"]
+    database_file.connect()
+    monkeypatch.setattr("database.sleep", naps.append)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    database_file.save()
+    os.close(folder)
+    assert sum(naps) < 0.1
+
+
 @pytest.mark.parametrize(
     ("suffixes", "command"),
     [
