@@ -177,6 +177,7 @@ class DatabaseFile:
         is_away = not present and self._opened[1:]  # it may come back, with the same inode
         if present == self._opened or is_away:
             # As the last to close does, which this may not be. If it fails, the -wal keeps all.
+            # RESTART leaves the -wal as it is, lest the database never come back.
             mode = "TRUNCATE" if present else "RESTART"
             with suppress(sqlite3.Error):
                 self.connection.execute(f"PRAGMA wal_checkpoint({mode})")
