@@ -203,6 +203,22 @@ def test_database_is_not_its_own_backup(
     assert (result.exit_code, result.stderr) == (1, refusal)
 
 
+@pytest.mark.parametrize("command", ["backup", "restore"])
+def test_database_of_another_program_is_neither_backed_up_nor_replaced(
+    runner: FlaskCliRunner, tmp_path: Path, backup: Path, command: str
+) -> None:
+    database = tmp_path / "ai-provider.db"
+    make_other_database(database)
+    before = backup.read_bytes()
+    result = runner.invoke(args=[command, str(backup)])
+    cause = "no such table: provider_config"
+    refusal = f"Error: Database error: {cause}. Check DATABASE_URL, locks, disk.\n"
+    assert (result.exit_code, result.output) == (1, refusal)
+    assert backup.read_bytes() == before
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("note",)]
+
+
 def test_link_to_itself_is_replaced_by_a_backup(
     app: Flask, runner: FlaskCliRunner, tmp_path: Path
 ) -> None:
