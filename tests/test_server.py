@@ -297,7 +297,7 @@ def test_client_that_takes_no_answer_gets_no_other_until_it_does(app: Flask) -> 
     (server,) = create_servers(app, sockets)
     address: Any = server.getsockname()
     with socket.create_connection(address, timeout=30) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         wasyncore.loop(1, map=sockets, count=1)
         (channel,) = vars(server)["active_channels"].values()
         channel.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
