@@ -88,7 +88,7 @@ def show_document() -> Response:
 @bp.cli.command("show")
 @click.option("--reveal", is_flag=True, help="Print the plain API key alone.")
 def show_command(reveal: bool) -> None:
-    """Print the configuration."""
+    """Print the configuration, masked."""
     if (config := ProviderConfig.get()) is None:
         raise click.ClickException(NOT_SET)
     if reveal:

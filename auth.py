@@ -41,7 +41,7 @@ def authenticate() -> None:
 def create_command(name: str | None) -> None:
     """Print a new credential as api_key:api_secret."""
     if name and not (name.isprintable() and len(name) <= 60):
-        raise click.BadParameter("must be printable, 60 characters at most", param_hint="--name")
+        raise click.BadParameter("must have at most 60 printable characters", param_hint="--name")
     create_all()
     credential = Credential.issue(name)
     click.echo(credential)
@@ -61,8 +61,8 @@ def list_command() -> None:
 @credentials.command("revoke")
 @click.argument("api_key")
 def revoke_command(api_key: str) -> None:
-    """End the credential of this API key."""
+    """End the credential that has this api_key."""
     api_key = api_key.strip().partition(":")[0]  # of the whole credential, too
     if not api_key.isascii() or not Credential.revoke(api_key):
-        raise click.ClickException("No credential has this API key. See `flask credentials list`.")
+        raise click.ClickException("No credential has this api_key. See `flask credentials list`.")
     report(f"Revoked {api_key}.")

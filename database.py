@@ -156,7 +156,7 @@ class DatabaseFile:
         # While the database is open, this would end the locks of SQLite.
         with self.path.open("r+b") as file, suppress(BlockingIOError):
             if file.read(16) != b"SQLite format 3\0":  # SQLite would write the -wal into any file
-                raise StorageError(f"DATABASE_URL: {self.path} is damaged. See Back up in README.")
+                raise StorageError(f"DATABASE_URL: {self.path} is unusable. See Back up in README.")
             # Return the inodes of both; none if nobody has the bytes locked that all users lock.
             with suppress(FileNotFoundError):
                 return [self._wal.lstat().st_ino, self._shm.lstat().st_ino]

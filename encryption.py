@@ -12,7 +12,7 @@ from database import StorageError, explain, transaction
 class DecryptionError(StorageError):
     """A key file that is missing, malformed, or has no key for what is stored."""
 
-    remedy = "Put the right file back, or move a damaged one away and set the provider again."
+    remedy = "Put the right file back, or set the provider again (first move a damaged file away)."
     public = f"The encryption key file is missing, damaged, or lacks the right key. {remedy}"
 
 

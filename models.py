@@ -211,7 +211,7 @@ def backup_command(file: Path) -> None:
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
 @with_appcontext
 def restore_command(file: Path) -> None:
-    """Restore the database from FILE, or for - from standard input."""
+    """Replace the database with the backup FILE, or for - with standard input."""
     database_file = _sqlite_file(file)
     with storage_errors(), TemporaryDirectory() as folder, click.open_file(str(file), "rb") as data:
         present, copy = database_file.connect(), Path(folder, "copy")

@@ -40,7 +40,7 @@ def test_name_that_would_spoil_the_list_is_refused(runner: FlaskCliRunner, name:
     result = runner.invoke(args=["credentials", "create", "--name", name])
     assert result.exit_code == 2
     assert result.stderr.endswith(
-        "Error: Invalid value for --name: must be printable, 60 characters at most\n"
+        "Error: Invalid value for --name: must have at most 60 printable characters\n"
     )
     assert len(runner.invoke(args=["credentials", "list"]).stdout.splitlines()) == 1
 
@@ -90,7 +90,7 @@ def test_revoke_of_an_unknown_credential_is_an_error(
     result = runner.invoke(args=revoke)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
-        "Error: No credential has this API key. See `flask credentials list`.\n"
+        "Error: No credential has this api_key. See `flask credentials list`.\n"
     )
 
 
@@ -158,7 +158,7 @@ def test_unreadable_api_key_is_an_error(
 def test_credential_that_is_no_text_cannot_be_revoked(runner: FlaskCliRunner) -> None:
     result = runner.invoke(args=["credentials", "revoke", "\udcff"])
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("Error: No credential has this API key. ")
+    assert result.stderr.startswith("Error: No credential has this api_key. ")
 
 
 @pytest.mark.parametrize(
