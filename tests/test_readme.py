@@ -116,8 +116,10 @@ def test_backup_is_restored_on_another_machine(
     assert server.get(credential).status == 401
     shown = run_block("restore -", other)
     assert "Put the right file back" in shown
+    replaced = (other / "instance" / "encryption.key").read_bytes()
     run_block("key.new", other)
     assert server.get(credential).body == before
+    assert (other / "instance" / "encryption.key~").read_bytes() == replaced
     assert {path.stat().st_mode for path in (other / "instance").iterdir()} == {0o100600}
 
 
