@@ -17,7 +17,7 @@ class DecryptionError(StorageError):
 
 
 class KeyFile:
-    """The encryption key file: one Fernet key a line, of which the newest, the first, encrypts."""
+    """The encryption key file: one Fernet key per line; the newest, the first, encrypts."""
 
     version: tuple[int, ...] = ()
 
@@ -38,7 +38,7 @@ class KeyFile:
                 keys = path.read_bytes().split()
                 self.cipher, self.version = MultiFernet([Fernet(key) for key in keys]), version
         except (FileNotFoundError, ValueError) as error:
-            cause = getattr(error, "strerror", "not one Fernet key a line")
+            cause = getattr(error, "strerror", "not one Fernet key per line")
             fault = f"ENCRYPTION_KEY_FILE: {self.path}: {cause}."
             raise DecryptionError(f"{fault} {DecryptionError.remedy}") from error
         except OSError as error:

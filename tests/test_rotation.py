@@ -210,7 +210,7 @@ def test_rotation_of_a_garbled_key_file_changes_nothing(
     key_file.write_bytes(b"garbled")
     result = runner.invoke(args=["provider", "rotate-key"])
     assert (result.exit_code, result.stdout) == (1, "")
-    assert f"Error: ENCRYPTION_KEY_FILE: {key_file}: not one Fernet key a line." in result.stderr
+    assert f"Error: ENCRYPTION_KEY_FILE: {key_file}: not one Fernet key per line." in result.stderr
     assert key_file.read_bytes() == b"garbled"
 
 

@@ -149,7 +149,7 @@ def test_unusable_key_file_is_one_clear_line(key_file: Path, content: bytes) -> 
     assert (status, output) == (1, "")
     assert "Traceback" not in log
     assert log.endswith(
-        f"\nError: ENCRYPTION_KEY_FILE: {key_file}: not one Fernet key a line. {KEY_REMEDY}\n"
+        f"\nError: ENCRYPTION_KEY_FILE: {key_file}: not one Fernet key per line. {KEY_REMEDY}\n"
     )
     assert key_file.read_bytes() == content
 
