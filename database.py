@@ -121,7 +121,7 @@ class DatabaseFile:
         """Raise OperationalError if a restart would not show what was committed."""
         present = self._state()
         if present[1:] != self._opened[1:]:
-            raise sqlite3.OperationalError("its files were replaced")
+            raise sqlite3.OperationalError("its files were removed or replaced")
         self._opened = present  # a commit may write to the database itself
 
     def save(self) -> None:
@@ -209,7 +209,7 @@ class DatabaseFile:
         self.connection: sqlite3.Connection = self._connect("rw")
         self._reader, self._opened = self._connect("ro"), [0]  # closed even if what follows fails
         if self.path.stat().st_ino != inode:  # the -wal beside it is not its own
-            raise sqlite3.OperationalError("its files were replaced")
+            raise sqlite3.OperationalError("its files were removed or replaced")
         # To read, first: the last to close would write the -wal even into a damaged database.
         self._reader.executescript("PRAGMA user_version")
         self.connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")

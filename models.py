@@ -221,10 +221,10 @@ def restore_command(file: Path) -> None:
             Path(folder, "copy-wal").write_bytes(Path(f"{os.path.realpath(file)}-wal").read_bytes())
         with closing(sqlite3.connect(copy)) as source:
             if not _has_intact_tables(source):
-                raise click.ClickException(f"{file} is not an intact backup of this service.")
+                raise click.ClickException(f"{data.name} is not an intact backup of this service.")
             source.backup(present, progress=_refuse_lock)
         database_file.confirm()
-    report(f"Restored {database_file.path} from {file}.")
+    report(f"Restored {database_file.path} from {data.name}.")
     try:
         if ProviderConfig.get():
             click.echo("The present encryption key decrypts what was restored.", err=True)

@@ -67,10 +67,11 @@ def test_backup_goes_through_pipes(
     monkeypatch.chdir(tmp_path)
     Path("-").write_bytes(b"another file")
     put(app, "first")
-    backup = runner.invoke(args=["backup", "-"]).stdout_bytes
+    Path("backup").write_bytes(runner.invoke(args=["backup", "-"]).stdout_bytes)
     put(app, "second")
-    result = runner.invoke(args=["restore", "-"], input=backup)
-    assert result.stderr == restored(tmp_path, "-")
+    with Path("backup").open("rb") as stdin:
+        result = runner.invoke(args=["restore", "-"], input=stdin)
+    assert result.stderr == restored(tmp_path, "backup")
     config = stored(app)
     assert config
     assert config.provider == "first"
@@ -295,7 +296,7 @@ def test_restore_into_files_that_are_replaced_meanwhile_is_an_error(
     monkeypatch.setattr("models._refuse_lock", replace)
     result = runner.invoke(args=["restore", str(backup)])
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: Database error: its files were replaced. ")
+    assert result.stderr.startswith("Error: Database error: its files were removed or replaced. ")
 
 
 def test_restore_waits_for_the_lock(backup: Path, database_url: str) -> None:

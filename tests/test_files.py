@@ -439,7 +439,7 @@ def test_database_replaced_during_its_opening_leaves_the_wal_alone(
     server.put(CONFIG, credential)
     server.stop(signal.SIGKILL)
     monkeypatch.setattr(DatabaseFile, "_connect", replace_and_connect)
-    with app.app_context(), pytest.raises(StorageError, match="its files were replaced"):
+    with app.app_context(), pytest.raises(StorageError, match="its files were removed"):
         ProviderConfig.get()
     (tmp_path / "away").replace(database)
     config = stored(app)
@@ -453,7 +453,7 @@ def test_removal_after_the_opening_is_noticed(
     close_database(app)
     with monkeypatch.context() as patch, app.app_context():
         lose_files_before_a_look(patch)
-        with pytest.raises(StorageError, match="its files were replaced"):
+        with pytest.raises(StorageError, match="its files were removed"):
             ProviderConfig.put("openai", "key", "author")
     with app.app_context():
         ProviderConfig.put("other", "key", "author")
@@ -538,7 +538,7 @@ def test_link_that_leads_to_another_database_at_commit_is_an_error(
     link.symlink_to(tmp_path / "ai-provider.db")
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{link}")
     other_app = start_app()
-    with other_app.app_context(), pytest.raises(StorageError, match="its files were replaced"):
+    with other_app.app_context(), pytest.raises(StorageError, match="its files were removed"):
         lead_elsewhere_in_a_transaction(link)
 
 

@@ -76,9 +76,9 @@ def test_backup_of_a_running_service_is_restored_with_its_key(
     assert {path.stat().st_mode for path in copies} == {0o100600}
     assert run(execute_command_beside, checkout, "provider", "rotate-key")[0] == 0
     assert server.put(OTHER, credential).status == 200
-    assert "The present encryption key decrypts what was restored." in run_block(
-        "restore -", checkout
-    )
+    shown = run_block("restore -", checkout)
+    assert f"Restored {checkout}/instance/ai-provider.db from <stdin>. " in shown
+    assert "The present encryption key decrypts what was restored." in shown
     assert server.get(credential).body == before
     run_block("key.new", checkout)
     assert server.get(credential).body == before
