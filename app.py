@@ -27,13 +27,13 @@ import auth
 import database
 import schemas
 from encryption import key_file
-from models import ProviderConfig, backup_command, create_all, report, restore_command
+from models import ProviderConfig, backup_command, create_missing, report, restore_command
 
 VERSION = "1.1.0"
 ROOT = Path(__file__).resolve().parent
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 NOT_SET = "No provider is set."
-MESSAGES = {  # for errors that are raised without one
+STATUS_MESSAGES = {  # for errors that are raised without one
     401: "Send a valid credential: Authorization: Basic base64(api_key:api_secret) or"
     " Authorization: token api_key:api_secret.",
     404: "The paths are /api/v1/ai/provider, /health and /openapi.yaml.",
@@ -44,7 +44,7 @@ MESSAGES = {  # for errors that are raised without one
 }
 
 bp = Blueprint("provider", __name__, url_prefix="/api/v1/ai/provider")
-bp.cli.help = "Show, remove or re-encrypt the provider configuration."
+bp.cli.help = "Manage the provider configuration."
 bp.before_request(auth.authenticate)
 
 
@@ -127,7 +127,7 @@ def _handle_http_exception(error: HTTPException) -> tuple[dict[str, object], int
     headers = Headers(error.get_headers()) | {"Content-Type": "application/json"}
     message = error.description or error.name
     if error.description == type(error).description:
-        message = MESSAGES.get(status, message).format(allow=headers.get("Allow"))
+        message = STATUS_MESSAGES.get(status, message).format(allow=headers.get("Allow"))
     return *schemas.failure(status, message), headers
 
 
@@ -249,7 +249,7 @@ def main() -> None:
     """Serve on LISTEN, host:port."""
     app = create_app()
     with app.app_context():
-        create_all()
+        create_missing()
         key_file.inspect()
         try:
             ProviderConfig.get()

@@ -8,7 +8,7 @@ import click
 from flask import abort, g, request
 from flask.cli import AppGroup
 
-from models import Credential, create_all, report
+from models import Credential, create_missing, report
 
 CREDENTIAL = re.compile(r"token ([A-Za-z0-9]{32}):([A-Za-z0-9]{64})")
 
@@ -42,7 +42,7 @@ def create_command(name: str | None) -> None:
     """Print a new credential as api_key:api_secret."""
     if name and not (name.isprintable() and len(name) <= 60):
         raise click.BadParameter("must have at most 60 printable characters", param_hint="--name")
-    create_all()
+    create_missing()
     credential = Credential.issue(name)
     click.echo(credential)
     report(f"Created {credential[:32]}. Keep the credential safe: it is shown only once.")

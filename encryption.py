@@ -9,7 +9,7 @@ from flask import current_app
 from database import StorageError, explain, transaction
 
 
-class DecryptionError(StorageError):
+class KeyFileError(StorageError):
     """A key file that is missing, malformed, or has no key for what is stored."""
 
     remedy = "Put the right file back, or set the provider again (first move a damaged file away)."
@@ -40,7 +40,7 @@ class KeyFile:
         except (FileNotFoundError, ValueError) as error:
             cause = getattr(error, "strerror", "not one Fernet key per line")
             fault = f"ENCRYPTION_KEY_FILE: {self.path}: {cause}."
-            raise DecryptionError(f"{fault} {DecryptionError.remedy}") from error
+            raise KeyFileError(f"{fault} {KeyFileError.remedy}") from error
         except OSError as error:
             raise StorageError(f"ENCRYPTION_KEY_FILE: {explain(error)}") from error
         return self.cipher
@@ -57,7 +57,7 @@ class KeyFile:
             return self.read().decrypt(token).decode()
         except (InvalidToken, ValueError) as error:
             fault = f"ENCRYPTION_KEY_FILE: {self.path}: no key in it decrypts what is stored."
-            raise DecryptionError(f"{fault} {DecryptionError.remedy}") from error
+            raise KeyFileError(f"{fault} {KeyFileError.remedy}") from error
 
     def create(self) -> None:
         """Generate the file, unless anything has its name, within the caller's transaction."""

@@ -118,7 +118,7 @@ class ProviderConfig(Base):
 
     @classmethod
     def rotate(cls) -> None:
-        """Encrypt the stored API key with a new key; raise DecryptionError."""
+        """Encrypt the stored API key with a new key; raise KeyFileError."""
         with transaction():  # of two rotations at once, one would lose its key
             config = cls.get()
             key_file.add_key()
@@ -142,7 +142,7 @@ def _upsert_config(dialect: str) -> sa.Insert:
     return upsert
 
 
-def create_all() -> None:
+def create_missing() -> None:
     """Create what is missing, but no key file while something is stored."""
     with suppress(OSError):  # it is there, or not needed
         Path(current_app.instance_path).mkdir(0o700)

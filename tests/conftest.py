@@ -26,7 +26,7 @@ from processes import Fork, execute_command, run, serve, stop_forkserver
 
 from app import create_app
 from database import db
-from models import Credential, ProviderConfig, create_all
+from models import Credential, ProviderConfig, create_missing
 
 URL = "/api/v1/ai/provider"
 API_KEY = "sk-test-0123456789-wxyz"
@@ -199,7 +199,7 @@ def start_app() -> Iterator[StartApp]:
     def start() -> Flask:
         apps.append(create_app({"PROPAGATE_EXCEPTIONS": False}))
         with apps[-1].app_context():
-            create_all()
+            create_missing()
         return apps[-1]
 
     yield start

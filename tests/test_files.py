@@ -38,7 +38,7 @@ from processes import run, serve
 
 from app import create_servers
 from database import DatabaseFile, StorageError, execute, transaction
-from models import Credential, ProviderConfig, create_all
+from models import Credential, ProviderConfig, create_missing
 
 FILES = ["", "-wal", "-shm"]
 Fault = Callable[[Path], object]
@@ -223,7 +223,7 @@ def lose_files_before_the_opening(monkeypatch: pytest.MonkeyPatch, *suffixes: st
 
 
 @pytest.mark.parametrize("suffixes", [["-wal"], ["-shm"], ["-wal", "-shm"]])
-@pytest.mark.parametrize("command", [create_all, partial(Credential.revoke, "0" * 32)])
+@pytest.mark.parametrize("command", [create_missing, partial(Credential.revoke, "0" * 32)])
 def test_command_is_refused_if_files_are_removed_while_it_opens_them(
     server: Server,
     app: Flask,

@@ -29,7 +29,7 @@ from processes import execute_command_without, run, serve, serve_as_nobody, with
 
 from app import _parse_address, create_app
 from database import StorageError, explain
-from models import create_all
+from models import create_missing
 
 BAD_DATABASE_URL = (
     "DATABASE_URL must be sqlite:/// and a file's path, or postgresql:// and an address, in which"
@@ -231,7 +231,7 @@ def test_folder_that_cannot_be_created_is_one_clear_line(
         app.app_context(),
         pytest.raises(StorageError, match=f"^{tmp_path}/missing: No such file or directory"),
     ):
-        create_all()
+        create_missing()
 
 
 def test_default_address_is_local(monkeypatch: pytest.MonkeyPatch, start_app: StartApp) -> None:
@@ -270,7 +270,7 @@ def test_configuration_of_the_caller_wins(tmp_path: Path) -> None:
     settings = {"DATABASE_URL": f"sqlite:///{other}", "AI_PROVIDERS": "a, b"}
     app = create_app({**settings, "MAX_CONTENT_LENGTH": 1})
     with app.app_context():
-        create_all()
+        create_missing()
     close_database(app)
     assert other.exists()
     assert app.config["AI_PROVIDERS"] == ["a", "b"]
@@ -371,13 +371,13 @@ def test_folder_of_a_link_to_the_database_need_not_be_writable() -> None:
         keys = f"{folder}/encryption.key"
         app = create_app({"DATABASE_URL": f"sqlite:///{link}", "ENCRYPTION_KEY_FILE": keys})
         with app.app_context():
-            create_all()
+            create_missing()
         close_database(app)
         for file in Path(folder).glob("*.*"):
             file.chmod(0o666)
         links.chmod(0o555)
         with without_privileges(), app.app_context():
-            create_all()
+            create_missing()
             close_database(app)
         links.chmod(0o755)
 

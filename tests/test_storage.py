@@ -31,7 +31,7 @@ from flask.testing import FlaskClient
 
 import encryption
 from database import StorageError, db, execute, transaction
-from models import Credential, ProviderConfig, create_all
+from models import Credential, ProviderConfig, create_missing
 
 
 @pytest.mark.parametrize(("pragma", "value"), [("journal_mode", "wal"), ("synchronous", 2)])
@@ -312,7 +312,7 @@ def test_one_process_at_a_time_creates_the_tables(app: Flask, database_url: str)
     with app.app_context():
         db.drop_all()
         sa.event.listen(db.engine, "before_cursor_execute", look)
-        create_all()
+        create_missing()
     assert free == [(False,), (False,)]
 
 
