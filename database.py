@@ -127,14 +127,12 @@ class DatabaseFile:
     def save(self) -> None:
         """Write the -wal into the database, if nothing is in the way; empty it at rest."""
         with suppress(StorageError, sqlite3.Error, OSError):  # a request tells of them
-            connection = self.connect()
+            self.connect()
             with self.alone(tries=1):  # or what another process has saved would seem our own
                 self.confirm()
-                # While changes come, it is overwritten, which is faster than growing anew. Both
-                # modes keep writers out: they would take the new time for a copied file's.
-                mode = "RESTART" if abs(time() - self._wal.stat().st_mtime) < 5 else "TRUNCATE"
-                connection.executescript(f"PRAGMA busy_timeout=100; PRAGMA wal_checkpoint({mode})")
-                self._opened[0] = self.path.stat().st_mtime_ns
+                # While changes come, it is overwritten, which is faster than growing anew.
+                is_at_rest = abs(time() - self._wal.stat().st_mtime) >= 5
+                self._checkpoint("TRUNCATE" if is_at_rest else "RESTART")
 
     @contextmanager
     def alone(self, tries: int = 40) -> Iterator[None]:
@@ -171,36 +169,36 @@ class DatabaseFile:
                 self._close()
 
     def _close(self) -> bool:
-        # Return whether what was open is saved.
+        # Save what only the -wal has, if the database is as this process left it, or away: then it
+        # may come back, with the same inode. Return the former.
         present = self._state()
         is_ours = present[:2] == self._opened[:2]
-        is_away = not present and self._opened[1:]  # it may come back, with the same inode
-        if present == self._opened or is_away:
-            # As the last to close does, which this may not be. If it fails, the -wal keeps all.
+        if is_ours or (not present and self._opened[1:]):
             # RESTART leaves the -wal as it is, lest the database never come back.
-            mode = "TRUNCATE" if present else "RESTART"
-            with suppress(sqlite3.Error):
-                self.connection.execute(f"PRAGMA wal_checkpoint({mode})")
+            is_saved = self._checkpoint("TRUNCATE" if present else "RESTART")
+            if is_ours and present[2:] != self._opened[2:]:
+                if not is_saved:
+                    raise sqlite3.OperationalError(f"{self.path}-wal is removed, and not saved")
+                self._wal.unlink(missing_ok=True)
+                self._shm.unlink(missing_ok=True)
+                os.utime(self.path)  # or another process would save the same -wal again
             self._reader.close()
-        elif is_ours:
-            self._save_wal()
         # The last to close writes the -wal into the database, unless it only reads.
         self.connection.close()
         self._reader.close()
         self._opened = []
         return is_ours
 
-    def _save_wal(self) -> None:
-        try:
+    def _checkpoint(self, mode: str) -> bool:
+        # Write the -wal into the database; return whether all is there. Both modes keep writers
+        # out: they would take the new time for that of a copied file.
+        is_saved = False
+        with suppress(sqlite3.Error):  # the -wal keeps all
             self.connection.execute("PRAGMA busy_timeout = 100")
-            [(busy, pages, saved)] = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        finally:
-            self._opened[0] = self.path.stat().st_mtime_ns
-        if busy and saved < max(pages, 0):
-            raise sqlite3.OperationalError(f"{self.path}-wal is removed, but others read it")
-        self._wal.unlink(missing_ok=True)
-        self._shm.unlink(missing_ok=True)
-        os.utime(self.path)  # or another process would save the same -wal again
+            [(busy, pages, saved)] = self.connection.execute(f"PRAGMA wal_checkpoint({mode})")
+            is_saved = not busy or saved == pages >= 0
+        self._opened[:1] = self._state()[:1]  # even a part of it changes the time
+        return is_saved
 
     def _open(self, inode: int) -> None:
         if not self._wal.exists():

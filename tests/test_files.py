@@ -314,13 +314,13 @@ def test_two_processes_do_not_save_the_same_wal_at_once(
     assert stored(app)
     remove_files(tmp_path)
     answers = []
-    save = DatabaseFile._save_wal
+    checkpoint = DatabaseFile._checkpoint
 
-    def write_and_save(file: DatabaseFile) -> None:
+    def write_and_save(file: DatabaseFile, mode: str) -> bool:
         answers.append(meanwhile(pool, partial(server.put, OTHER, credential)))
-        save(file)
+        return checkpoint(file, mode)
 
-    monkeypatch.setattr(DatabaseFile, "_save_wal", write_and_save)
+    monkeypatch.setattr(DatabaseFile, "_checkpoint", write_and_save)
     with ThreadPoolExecutor() as pool:
         close_database(app)
         assert [answer.result().status for answer in answers] == [200]
@@ -824,6 +824,25 @@ def test_stop_that_cannot_save_the_wal_leaves_it_to_the_next_start(
     assert (tmp_path / "ai-provider.db-wal").stat().st_size
     assert before
     assert stored(app) == before
+
+
+def test_wal_removed_after_a_part_was_saved_is_saved(app: Flask, tmp_path: Path) -> None:
+    database = tmp_path / "ai-provider.db"
+    with app.app_context():
+        ProviderConfig.put(**CONFIG, updated_by="author")
+        app.extensions["database_file"].save()
+        ProviderConfig.put("other", "x" * 4096, "author")
+    before, soft_and_hard = database.stat(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before.st_size, soft_and_hard[1]))
+    try:
+        app.extensions["database_file"].save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft_and_hard)
+    assert database.stat().st_mtime_ns != before.st_mtime_ns
+    (tmp_path / "ai-provider.db-wal").unlink()
+    config = stored(app)
+    assert config
+    assert config.provider == "other"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
