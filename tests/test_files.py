@@ -1008,10 +1008,14 @@ def test_replaced_files_are_closed(server: Server, credential: str, tmp_path: Pa
     assert descriptors() <= before
 
 
+# The start of an SQLite database in WAL mode, with pages of 4096 bytes.
+HEADER = b"SQLite format 3\0\x10\0\2\2\0@  "
+
+
 @pytest.mark.parametrize(
     "other",
-    [b"", b"SQLite format 3\0" + b"garbage" * 2000, b"SQLite format 3\0" + bytes(14000)],
-    ids=["empty", "garbage", "zeros"],
+    [b"", HEADER[:16] + b"garbage" * 2000, HEADER[:16] + bytes(14000), HEADER + b"garbage" * 2000],
+    ids=["empty", "garbage", "zeros", "garbage after the header"],
 )
 def test_no_database_in_the_place_of_the_database_takes_no_change(
     start_server: StartServer, credential: str, tmp_path: Path, other: bytes
