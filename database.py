@@ -60,12 +60,12 @@ def init_app(app: Flask) -> None:
 
 
 @contextmanager
-def storage_errors() -> Iterator[None]:
-    """Raise StorageError for the errors of files and databases."""
+def storage_errors(setting: str = "") -> Iterator[None]:
+    """Raise StorageError for the errors of files, which this setting names, and databases."""
     try:
         yield
     except OSError as error:
-        raise StorageError(explain(error)) from error
+        raise StorageError(f"{setting}{explain(error)}") from error
     except (sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
         # The first line alone: PostgreSQL's others may show the row.
         cause = str(getattr(error, "orig", error)).partition("\n")[0].rstrip(".")

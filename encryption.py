@@ -6,7 +6,7 @@ from pathlib import Path
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from flask import current_app
 
-from database import StorageError, explain, transaction
+from database import StorageError, explain, storage_errors, transaction
 
 
 class KeyFileError(StorageError):
@@ -81,6 +81,7 @@ class KeyFile:
             if self.path.stat().st_mode & 0o026:
                 current_app.logger.warning("Others can access keys. Run: chmod 600 %s", self.path)
 
+    @storage_errors("ENCRYPTION_KEY_FILE: ")
     def _write(self, keys: bytes, replaced: os.stat_result | None = None) -> None:
         # Writes all or nothing, and replaces no file but the one whose state is given.
         new, folder = Path(f"{self.path}.new"), os.open(self.path.parent, os.O_RDONLY)

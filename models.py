@@ -146,7 +146,7 @@ def create_missing() -> None:
     """Create what is missing, but no key file while something is stored."""
     with suppress(OSError):  # it is there, or not needed
         Path(current_app.instance_path).mkdir(0o700)
-    with storage_errors():
+    with storage_errors("DATABASE_URL: "):
         if database_file := current_app.extensions.get("database_file"):
             _create_sqlite_file(database_file.path)
         else:

@@ -377,7 +377,7 @@ def test_service_recovers_from_failing_writes(
     assert server.put(large, credential).status == 200
     log = server.stop()
     assert "Traceback" not in log
-    assert " ERROR File too large.\n" in log
+    assert " ERROR ENCRYPTION_KEY_FILE: File too large.\n" in log
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage"], ids=["gone", "empty", "garbled"])

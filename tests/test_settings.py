@@ -229,9 +229,17 @@ def test_folder_that_cannot_be_created_is_one_clear_line(
     app = create_app()
     with (
         app.app_context(),
-        pytest.raises(StorageError, match=f"^{tmp_path}/missing: No such file or directory"),
+        pytest.raises(StorageError, match=f"^DATABASE_URL: {tmp_path}/missing: No such file"),
     ):
         create_missing()
+
+
+def test_missing_folder_of_the_key_file_is_one_clear_line(tmp_path: Path) -> None:
+    folder = tmp_path / "missing"
+    status, output, log = flask("credentials", "create", ENCRYPTION_KEY_FILE=f"{folder}/key")
+    assert (status, output) == (1, "")
+    error = f"Error: ENCRYPTION_KEY_FILE: {folder}: No such file or directory."
+    assert log.splitlines()[1:] == [error]
 
 
 def test_default_address_is_local(monkeypatch: pytest.MonkeyPatch, start_app: StartApp) -> None:
