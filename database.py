@@ -175,10 +175,10 @@ class DatabaseFile:
         is_ours = present[:2] == self._opened[:2]
         if is_ours or (not present and self._opened[1:]):
             # RESTART leaves the -wal as it is, lest the database never come back.
-            is_saved = self._checkpoint("TRUNCATE" if present else "RESTART")
+            fault = self._checkpoint("TRUNCATE" if present else "RESTART")
             if is_ours and present[2:] != self._opened[2:]:
-                if not is_saved:
-                    raise sqlite3.OperationalError(f"{self.path}-wal is removed, and not saved")
+                if fault:
+                    raise sqlite3.OperationalError(f"{self.path}-wal is not saved: {fault}")
                 self._wal.unlink(missing_ok=True)
                 self._shm.unlink(missing_ok=True)
                 os.utime(self.path)  # or another process would save the same -wal again
@@ -189,16 +189,17 @@ class DatabaseFile:
         self._opened = []
         return is_ours
 
-    def _checkpoint(self, mode: str) -> bool:
-        # Write the -wal into the database; return whether all is there. Both modes keep writers
-        # out: they would take the new time for that of a copied file.
-        is_saved = False
-        with suppress(sqlite3.Error):  # the -wal keeps all
+    def _checkpoint(self, mode: str) -> str:
+        # Write the -wal into the database; return why not all is there, if so.
+        try:
             self.connection.execute("PRAGMA busy_timeout = 100")
             [(busy, pages, saved)] = self.connection.execute(f"PRAGMA wal_checkpoint({mode})")
-            is_saved = not busy or saved == pages >= 0
-        self._opened[:1] = self._state()[:1]  # even a part of it changes the time
-        return is_saved
+            fault = "others read it" if busy and not saved == pages >= 0 else ""
+        except sqlite3.Error as error:  # the -wal keeps all
+            fault = str(error)
+        # Even a part of it changes the time. The database may be away, and come back.
+        self._opened[:1] = self._state()[:1] or self._opened[:1]
+        return fault
 
     def _open(self, inode: int) -> None:
         if not self._wal.exists():

@@ -316,7 +316,7 @@ def test_two_processes_do_not_save_the_same_wal_at_once(
     answers = []
     checkpoint = DatabaseFile._checkpoint
 
-    def write_and_save(file: DatabaseFile, mode: str) -> bool:
+    def write_and_save(file: DatabaseFile, mode: str) -> str:
         answers.append(meanwhile(pool, partial(server.put, OTHER, credential)))
         return checkpoint(file, mode)
 
@@ -804,7 +804,8 @@ def test_stop_that_cannot_save_a_removed_wal_is_one_clear_line(
         server.put(OTHER, credential)
         (tmp_path / "ai-provider.db-wal").unlink()
         lines = server.stop().splitlines()
-    assert lines[-1].startswith(f"Error: Database error: {tmp_path}/ai-provider.db-wal is removed")
+    fault = f"{tmp_path}/ai-provider.db-wal is not saved: others read it"
+    assert lines[-1].startswith(f"Error: Database error: {fault}. ")
     assert lines[-2].endswith(f" on http://127.0.0.1:{server.port}")
     assert server.process.poll() == 1
 
@@ -840,6 +841,55 @@ def test_wal_removed_after_a_part_was_saved_is_saved(app: Flask, tmp_path: Path)
         resource.setrlimit(resource.RLIMIT_FSIZE, soft_and_hard)
     assert database.stat().st_mtime_ns != before.st_mtime_ns
     (tmp_path / "ai-provider.db-wal").unlink()
+    config = stored(app)
+    assert config
+    assert config.provider == "other"
+
+
+def test_database_that_is_away_at_the_end_of_a_save_is_still_its_own(
+    app: Flask, tmp_path: Path
+) -> None:
+    paths = [tmp_path / f"ai-provider.db{suffix}" for suffix in FILES]
+    away = tmp_path / "away"
+    away.mkdir()
+
+    def move(statement: str) -> None:
+        if "wal_checkpoint" in statement:
+            for path in paths:
+                path.rename(away / path.name)
+
+    with app.app_context():
+        ProviderConfig.put(**CONFIG, updated_by="author")
+    database_file = app.extensions["database_file"]
+    with closing(sqlite3.connect(paths[0])) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM provider_config").fetchall()
+        with app.app_context():
+            ProviderConfig.put("other", "key", "author")
+        database_file.connection.set_trace_callback(move)
+        database_file.save()
+        database_file.connection.set_trace_callback(None)
+    (away / paths[0].name).rename(paths[0])
+    config = stored(app)
+    assert config
+    assert config.provider == "other"
+
+
+def test_wal_that_returns_after_an_opening_has_failed_is_kept(app: Flask, tmp_path: Path) -> None:
+    database, wal, shm = (tmp_path / f"ai-provider.db{suffix}" for suffix in FILES)
+    with app.app_context():
+        ProviderConfig.put(**CONFIG, updated_by="author")
+        app.extensions["database_file"].save()
+        ProviderConfig.put("other", "key", "author")
+    contents = database.read_bytes(), wal.read_bytes()
+    for path in (database, wal, shm):
+        path.unlink()
+    database.write_bytes(contents[0][:5000])
+    with app.app_context(), pytest.raises(StorageError):
+        ProviderConfig.get()
+    wal.write_bytes(contents[1])
+    app.extensions["database_file"].save()
+    database.write_bytes(contents[0])
     config = stored(app)
     assert config
     assert config.provider == "other"
