@@ -6,7 +6,7 @@ from pathlib import Path
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from flask import current_app
 
-from database import StorageError, explain, storage_errors, transaction
+from database import StorageError, storage_errors, transaction
 
 
 class KeyFileError(StorageError):
@@ -26,6 +26,7 @@ class KeyFile:
         """Where ENCRYPTION_KEY_FILE is, links followed."""
         return Path(os.path.realpath(current_app.config["ENCRYPTION_KEY_FILE"]))
 
+    @storage_errors("ENCRYPTION_KEY_FILE: ")
     def read(self) -> MultiFernet:
         """Return the cipher of the present keys; raise StorageError."""
         path: Path = current_app.config["ENCRYPTION_KEY_FILE"]
@@ -41,8 +42,6 @@ class KeyFile:
             cause = getattr(error, "strerror", "not one Fernet key per line")
             fault = f"ENCRYPTION_KEY_FILE: {self.path}: {cause}."
             raise KeyFileError(f"{fault} {KeyFileError.remedy}") from error
-        except OSError as error:
-            raise StorageError(f"ENCRYPTION_KEY_FILE: {explain(error)}") from error
         return self.cipher
 
     def encrypt(self, text: str) -> str:

@@ -234,11 +234,20 @@ def test_folder_that_cannot_be_created_is_one_clear_line(
         create_missing()
 
 
-def test_missing_folder_of_the_key_file_is_one_clear_line(tmp_path: Path) -> None:
-    folder = tmp_path / "missing"
-    status, output, log = flask("credentials", "create", ENCRYPTION_KEY_FILE=f"{folder}/key")
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        ("missing/key", "missing: No such file or directory"),
+        ("k" * 300, f"{'k' * 300}: File name too long"),
+    ],
+    ids=["missing folder", "long name"],
+)
+def test_impossible_path_of_the_key_file_is_one_clear_line(
+    tmp_path: Path, path: str, fault: str
+) -> None:
+    status, output, log = flask("credentials", "create", ENCRYPTION_KEY_FILE=f"{tmp_path}/{path}")
     assert (status, output) == (1, "")
-    error = f"Error: ENCRYPTION_KEY_FILE: {folder}: No such file or directory."
+    error = f"Error: ENCRYPTION_KEY_FILE: {tmp_path}/{fault}."
     assert log.splitlines()[1:] == [error]
 
 
