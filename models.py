@@ -245,7 +245,8 @@ def _sqlite_file(other: Path) -> DatabaseFile:
     own = re.escape(os.path.realpath(database_file.path)) + "(-wal|-shm|-journal)?"
     if re.fullmatch(own, os.path.realpath(other)):
         raise click.ClickException(f"{other} belongs to the database. Name another file.")
-    execute(SELECT_CONFIG)  # or it is the database of another program
+    with storage_errors():  # or it is the database of another program
+        database_file.connect().execute(str(sa.select(ProviderConfig).where(sa.false())))
     return database_file
 
 

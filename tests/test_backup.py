@@ -14,6 +14,7 @@ from conftest import (
     OTHER,
     OTHER_ENCRYPTION_KEY,
     Server,
+    close_database,
     flask,
     locked,
     reported,
@@ -202,6 +203,23 @@ def test_database_is_not_its_own_backup(
     result = runner.invoke(args=[command, str(link)])
     refusal = f"Error: {link} belongs to the database. Name another file.\n"
     assert (result.exit_code, result.stderr) == (1, refusal)
+
+
+def test_restore_replaces_a_damaged_page(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path, backup: Path
+) -> None:
+    close_database(app)
+    path = tmp_path / "ai-provider.db"
+    with closing(sqlite3.connect(path)) as database:
+        find = "SELECT rootpage FROM sqlite_master WHERE name = 'provider_config'"
+        [(page,)] = database.execute(find)
+    with path.open("r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"garbage" * 500)
+    assert runner.invoke(args=["restore", str(backup)]).exit_code == 0
+    config = stored(app)
+    assert config
+    assert config.provider == "first"
 
 
 @pytest.mark.parametrize("command", ["backup", "restore"])
