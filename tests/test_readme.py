@@ -119,7 +119,8 @@ def test_backup_is_restored_on_another_machine(
     replaced = (other / "instance" / "encryption.key").read_bytes()
     run_block("key.new", other)
     assert server.get(credential).body == before
-    assert (other / "instance" / "encryption.key~").read_bytes() == replaced
+    run_block("key.new", other)
+    assert (other / "instance" / "encryption.key.~1~").read_bytes() == replaced
     assert {path.stat().st_mode for path in (other / "instance").iterdir()} == {0o100600}
 
 
