@@ -60,12 +60,12 @@ def init_app(app: Flask) -> None:
 
 
 @contextmanager
-def storage_errors(setting: str = "") -> Iterator[None]:
-    """Raise StorageError for the errors of files, which this setting names, and databases."""
+def storage_errors(prefix: str = "") -> Iterator[None]:
+    """Raise StorageError for the errors of databases and, after this prefix, those of files."""
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{setting}{explain(error)}") from error
+        raise StorageError(f"{prefix}{explain(error)}") from error
     except (sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
         # The first line alone: PostgreSQL's others may show the row.
         cause = str(getattr(error, "orig", error)).partition("\n")[0].rstrip(".")
@@ -169,8 +169,8 @@ class DatabaseFile:
                 self._close()
 
     def _close(self) -> bool:
-        # Save what only the -wal has, if the database is as this process left it, or away: then it
-        # may come back, with the same inode. Return the former.
+        # Return whether the database is as this process left it. Then, and while it is away (it may
+        # come back, with the same inode), what only the -wal has is saved first.
         present = self._state()
         is_ours = present[:2] == self._opened[:2]
         if is_ours or (not present and self._opened[1:]):
