@@ -204,7 +204,8 @@ def backup_command(file: Path) -> None:
             copy.replace(place)
             Path(f"{place}-wal").unlink(missing_ok=True)  # it would be restored with the new one
         else:
-            click.echo(copy.read_bytes(), nl=False)
+            with os.fdopen(1, "wb", closefd=False) as stdout:  # click.echo permits a short write
+                stdout.write(copy.read_bytes())
     click.echo(f"Backed up {database_file.path} to {file}.", err=True)
 
 

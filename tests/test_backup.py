@@ -1,11 +1,15 @@
 import os
+import resource
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from conftest import (
@@ -22,6 +26,7 @@ from conftest import (
 )
 from flask import Flask
 from flask.testing import FlaskCliRunner
+from processes import ROOT
 
 from models import ProviderConfig
 
@@ -62,13 +67,21 @@ def test_backup_is_a_private_file_that_is_restored(
     assert config.provider == "first"
 
 
+def back_up_to(stdout: BinaryIO) -> tuple[int, str]:
+    """Back up in a new interpreter with an unbuffered standard output, in the current folder."""
+    command = [sys.executable, "-u", "-m", "flask", "--app", f"{ROOT}/app.py", "backup", "-"]
+    result = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    return result.returncode, result.stderr
+
+
 def test_backup_goes_through_pipes(
     app: Flask, runner: FlaskCliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("-").write_bytes(b"another file")
     put(app, "first")
-    Path("backup").write_bytes(runner.invoke(args=["backup", "-"]).stdout_bytes)
+    with Path("backup").open("wb") as stdout:
+        assert back_up_to(stdout) == (0, f"Backed up {tmp_path}/ai-provider.db to -.\n")
     put(app, "second")
     with Path("backup").open("rb") as stdin:
         result = runner.invoke(args=["restore", "-"], input=stdin)
@@ -76,6 +89,17 @@ def test_backup_goes_through_pipes(
     config = stored(app)
     assert config
     assert config.provider == "first"
+
+
+def test_backup_that_is_cut_short_is_an_error(backup: Path) -> None:
+    limit, soft_and_hard = 2**17, resource.getrlimit(resource.RLIMIT_FSIZE)
+    with backup.open("ab") as stdout:
+        stdout.truncate(limit - 4096)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, soft_and_hard[1]))
+        try:
+            assert back_up_to(stdout) == (1, "Error: File too large.\n")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, soft_and_hard)
 
 
 def test_database_that_was_not_closed_is_restored_with_its_wal(
