@@ -157,14 +157,14 @@ def _require_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class RequestParser(HTTPRequestParser):
-    """Waitress's parser, with an answer to every malformed header."""
+    """Waitress's parser, with an answer to every malformed header that repeats nothing of it."""
 
     def parse_header(self, header_plus: bytes) -> None:
         """Raise ParsingError, which is answered with status 400."""
         try:
             super().parse_header(header_plus)
-        except ValueError as error:
-            raise ParsingError("Malformed header") from error
+        except (ParsingError, ValueError) as error:
+            raise ParsingError("The request line or a header is malformed.") from error
 
 
 class Channel(HTTPChannel):
