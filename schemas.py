@@ -48,7 +48,7 @@ class SettingsSchema(Schema):
     TRUSTED_PROXY = fields.IP(load_default="")
 
 
-SETTINGS_HELP = "\b\nSettings and their defaults, from .env or the environment:" + "".join(
+SETTINGS_HELP = "\b\nSettings, from .env or the environment, with their defaults:" + "".join(
     f"\n  {name}={field.load_default or '(not set)'}"
     for name, field in SettingsSchema().fields.items()
 )
