@@ -226,7 +226,7 @@ def restore_command(file: Path) -> None:
                 raise click.ClickException(f"{data.name} is not an intact backup of this service.")
             source.backup(present, progress=_refuse_lock)
         database_file.confirm()
-    report(f"Restored {database_file.path} from {data.name}.")
+    report(f"Restored {database_file.path} from {data.name}. Revoke again what was revoked since.")
     try:
         if ProviderConfig.get():
             click.echo("The present encryption key decrypts what was restored.", err=True)

@@ -38,7 +38,12 @@ def put(app: Flask, provider: str) -> None:
 
 def restored(tmp_path: Path, file: object, state: str = "") -> str:
     state = state or "The present encryption key decrypts what was restored."
-    return reported(f"Restored {tmp_path}/ai-provider.db from {file}.") + f"{state}\n"
+    return restored_alone(tmp_path, file) + f"{state}\n"
+
+
+def restored_alone(tmp_path: Path, file: object) -> str:
+    places = f"{tmp_path}/ai-provider.db from {file}"
+    return reported(f"Restored {places}. Revoke again what was revoked since.")
 
 
 @pytest.fixture
@@ -305,7 +310,7 @@ def test_restore_without_a_provider_needs_no_key(
     key_file.unlink()
     result = runner.invoke(args=["restore", backup])
     assert result.exit_code == 0
-    assert result.stderr == reported(f"Restored {tmp_path}/ai-provider.db from {backup}.")
+    assert result.stderr == restored_alone(tmp_path, backup)
 
 
 def test_restore_tells_when_the_key_is_another(
