@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CONFIG, OTHER, StartServer
+from conftest import CONFIG, OTHER, OTHER_ENCRYPTION_KEY, StartServer
 from processes import ROOT, Fork, execute_command_beside, run, serve, serve_beside
 
 from app import VERSION
@@ -91,6 +91,19 @@ def test_backup_that_fails_leaves_the_one_before(checkout: Path, tmp_path: Path)
     (checkout / "instance" / "ai-provider.db").unlink()
     assert run_shell(find_block("backup -"), checkout).returncode == 1
     assert (tmp_path / "ai-provider-backup.db").read_bytes() == before
+
+
+def test_copy_of_the_key_keeps_an_older_one(checkout: Path, tmp_path: Path) -> None:
+    create_credential(checkout)
+    key_file, copy = checkout / "instance" / "encryption.key", tmp_path / "encryption-backup.key"
+    older = key_file.read_bytes()
+    run_block("encryption.new", checkout)
+    key_file.write_bytes(OTHER_ENCRYPTION_KEY)
+    run_block("encryption.new", checkout)
+    key_file.write_bytes(b"")
+    assert run_shell(find_block("encryption.new"), checkout).returncode == 1
+    assert copy.read_bytes() == OTHER_ENCRYPTION_KEY
+    assert copy.with_name("encryption-backup.key.~1~").read_bytes() == older
 
 
 def test_empty_copy_of_the_key_replaces_nothing(checkout: Path, tmp_path: Path) -> None:
