@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import resource
 import signal
 import sqlite3
 import tempfile
@@ -313,6 +314,17 @@ def locked(database_url: str) -> Iterator[None]:
         with psycopg.connect(database_url) as connection:
             connection.execute("LOCK TABLE provider_config, credential IN EXCLUSIVE MODE")
             yield
+
+
+@contextmanager
+def file_size_limit(size: int, pid: int = 0) -> Iterator[None]:
+    """Have a process fail, as on a full disk, if it writes beyond this size in any file."""
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def forget_last_use(database_url: str) -> None:

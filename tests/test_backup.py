@@ -1,5 +1,4 @@
 import os
-import resource
 import shutil
 import sqlite3
 import subprocess
@@ -19,6 +18,7 @@ from conftest import (
     OTHER_ENCRYPTION_KEY,
     Server,
     close_database,
+    file_size_limit,
     flask,
     locked,
     reported,
@@ -97,14 +97,9 @@ def test_backup_goes_through_pipes(
 
 
 def test_backup_that_is_cut_short_is_an_error(backup: Path) -> None:
-    limit, soft_and_hard = 2**17, resource.getrlimit(resource.RLIMIT_FSIZE)
-    with backup.open("ab") as stdout:
-        stdout.truncate(limit - 4096)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, soft_and_hard[1]))
-        try:
-            assert back_up_to(stdout) == (1, "Error: File too large.\n")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, soft_and_hard)
+    with backup.open("ab") as stdout, file_size_limit(2**17):
+        stdout.truncate(2**17 - 4096)
+        assert back_up_to(stdout) == (1, "Error: File too large.\n")
 
 
 def test_database_that_was_not_closed_is_restored_with_its_wal(

@@ -3,7 +3,6 @@
 import itertools
 import random
 import re
-import resource
 import shutil
 import signal
 import sqlite3
@@ -28,6 +27,7 @@ from conftest import (
     StartServer,
     close_database,
     create_credential,
+    file_size_limit,
     forget_last_use,
     locked,
     on_both,
@@ -364,16 +364,14 @@ def test_service_recovers_from_failing_writes(
     before = server.get(credential).body
     pid = server.process.pid
     assert pid
-    soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
     large = {"provider": "other", "api_key": "x" * 4096}
-    assert server.put(large, credential).status == 500
-    assert server.get(credential).body == before
-    key_file.rename(key_file.with_name("away"))
-    assert server.put(large, credential).status == 500
-    assert not key_file.exists()
-    key_file.with_name("away").rename(key_file)
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+    with file_size_limit(0, pid):
+        assert server.put(large, credential).status == 500
+        assert server.get(credential).body == before
+        key_file.rename(key_file.with_name("away"))
+        assert server.put(large, credential).status == 500
+        assert not key_file.exists()
+        key_file.with_name("away").rename(key_file)
     assert server.put(large, credential).status == 200
     log = server.stop()
     assert "Traceback" not in log

@@ -4,7 +4,6 @@ import fcntl
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import sqlite3
@@ -28,6 +27,7 @@ from conftest import (
     StartApp,
     StartServer,
     close_database,
+    file_size_limit,
     flask,
     on_both,
     rounds,
@@ -816,12 +816,8 @@ def test_stop_that_cannot_save_the_wal_leaves_it_to_the_next_start(
     with app.app_context():
         ProviderConfig.put(**CONFIG, updated_by="author")
     before = stored(app)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-    try:
+    with file_size_limit(0):
         close_database(app)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "ai-provider.db-wal").stat().st_size
     assert before
     assert stored(app) == before
@@ -833,12 +829,9 @@ def test_wal_removed_after_a_part_was_saved_is_saved(app: Flask, tmp_path: Path)
         ProviderConfig.put(**CONFIG, updated_by="author")
         app.extensions["database_file"].save()
         ProviderConfig.put("other", "x" * 4096, "author")
-    before, soft_and_hard = database.stat(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (before.st_size, soft_and_hard[1]))
-    try:
+    before = database.stat()
+    with file_size_limit(before.st_size):
         app.extensions["database_file"].save()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, soft_and_hard)
     assert database.stat().st_mtime_ns != before.st_mtime_ns
     (tmp_path / "ai-provider.db-wal").unlink()
     config = stored(app)
