@@ -6,7 +6,7 @@ from pathlib import Path
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from flask import current_app
 
-from database import StorageError, storage_errors, transaction
+from database import StorageError, storage_errors, sync, transaction
 
 
 class KeyFileError(StorageError):
@@ -83,23 +83,22 @@ class KeyFile:
     @storage_errors("ENCRYPTION_KEY_FILE: ")
     def _write(self, keys: bytes, replaced: os.stat_result | None = None) -> None:
         # Writes all or nothing, and replaces no file but the one whose state is given.
-        new, folder = Path(f"{self.path}.new"), os.open(self.path.parent, os.O_RDONLY)
+        folder = Path(os.path.realpath(self.path.parent, strict=True))
+        new = folder / f"{self.path.name}.new"
         try:
+            new.unlink(missing_ok=True)  # a killed creation leaves a link to the key file itself
             new.touch()
             new.chmod(0o600)
-            with new.open("wb") as file:
-                file.write(keys)
-                file.flush()
-                os.fsync(file.fileno())
+            new.write_bytes(keys)
+            sync(new)
             if replaced:  # by root, perhaps, for the user who runs the service
                 os.chown(new, replaced.st_uid, replaced.st_gid)
                 new.chmod(replaced.st_mode)
                 new.replace(self.path)
             else:
                 os.link(new, self.path)
-            os.fsync(folder)
+            sync(folder)
         finally:
-            os.close(folder)
             new.unlink(missing_ok=True)
 
 

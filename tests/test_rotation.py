@@ -19,6 +19,7 @@ from conftest import (
     Server,
     StartServer,
     create_credential,
+    file_size_limit,
     flask,
     forget_last_use,
     locked,
@@ -31,6 +32,9 @@ from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
 from hypothesis import settings
 from processes import run
+
+from database import StorageError
+from encryption import KeyFile
 
 
 @on_both
@@ -238,6 +242,17 @@ def test_copy_of_the_keys_that_a_killed_rotation_left_is_removed_by_the_next(
     assert runner.invoke(args=["provider", "rotate-key"]).exit_code == 0
     assert key_file.stat().st_mode == 0o100600
     assert not leftover.exists()
+
+
+def test_rotation_after_a_killed_creation_changes_nothing_if_it_fails(
+    app: Flask, key_file: Path
+) -> None:
+    key = key_file.read_bytes()
+    key_file.with_name("encryption.key.new").hardlink_to(key_file)
+    with app.app_context(), file_size_limit(0), pytest.raises(StorageError, match="too large"):
+        KeyFile().add_key()
+    assert key_file.read_bytes() == key
+    assert {*key_file.parent.glob("encryption*")} == {key_file}
 
 
 def test_copy_of_the_keys_that_a_killed_rotation_left_is_removed_by_a_start(
