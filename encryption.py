@@ -36,6 +36,8 @@ class KeyFile:
             if version != self.version:
                 if not path.is_file():  # a FIFO would block
                     raise StorageError(f"ENCRYPTION_KEY_FILE must name a regular file, not {path}.")
+                sync(self.path)  # whoever put it there may not have waited
+                sync(self.path.parent)
                 keys = path.read_bytes().split()
                 self.cipher, self.version = MultiFernet([Fernet(key) for key in keys]), version
         except (FileNotFoundError, ValueError) as error:

@@ -35,6 +35,7 @@ from processes import run
 
 from database import StorageError
 from encryption import KeyFile
+from models import ProviderConfig
 
 
 @on_both
@@ -218,19 +219,35 @@ def test_rotation_of_a_garbled_key_file_changes_nothing(
     assert key_file.read_bytes() == b"garbled"
 
 
-def test_rotation_is_on_disk_with_its_folder(
-    runner: FlaskCliRunner, key_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced = []
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of what was synced to disk since, in their order."""
+    names: list[str] = []
 
     def fsync(descriptor: int) -> None:
-        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        names.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         os_fsync(descriptor)
 
     os_fsync = os.fsync
     monkeypatch.setattr(os, "fsync", fsync)
-    assert runner.invoke(args=["provider", "rotate-key"]).exit_code == 0
-    assert synced == [key_file.with_name("encryption.key.new"), key_file.parent]
+    return names
+
+
+def test_rotation_is_on_disk_with_its_folder(app: Flask, key_file: Path, synced: list[str]) -> None:
+    with app.app_context():
+        KeyFile().add_key()
+    folder = key_file.parent.name
+    assert synced == ["encryption.key", folder, "encryption.key.new", folder]
+
+
+def test_key_is_on_disk_before_anything_is_encrypted_with_it(
+    app: Flask, key_file: Path, synced: list[str]
+) -> None:
+    key_file.with_name("restored").write_bytes(OTHER_ENCRYPTION_KEY)
+    key_file.with_name("restored").replace(key_file)
+    with app.app_context():
+        ProviderConfig.put(**CONFIG, updated_by="author")
+    assert synced[-2:] == ["encryption.key", key_file.parent.name]
 
 
 def test_copy_of_the_keys_that_a_killed_rotation_left_is_removed_by_the_next(
