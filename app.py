@@ -192,8 +192,9 @@ def create_app(config: dict[str, Any] | None = None) -> Flask:
     app.json.ensure_ascii = app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # no redirects: an unknown path is a 404
     database.init_app(app)
-    for command in (auth.credentials, backup_command, restore_command):
-        app.cli.add_command(command)
+    app.cli.add_command(auth.credentials)
+    app.cli.command("backup")(backup_command)
+    app.cli.command("restore")(restore_command)
     app.register_blueprint(bp)
     app.add_url_rule("/health", "health", check_health)
     app.add_url_rule("/openapi.yaml", "document", show_document)

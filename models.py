@@ -15,7 +15,6 @@ from tempfile import NamedTemporaryFile, TemporaryDirectory
 import click
 import sqlalchemy as sa
 from flask import current_app
-from flask.cli import with_appcontext
 from sqlalchemy.orm import Mapped, mapped_column
 
 from database import Base, DatabaseFile, StorageError, db, execute, storage_errors, transaction
@@ -184,9 +183,7 @@ def report(message: str) -> None:
     click.echo(f"{message} (Commands do not write to the service's log.)", err=True)
 
 
-@click.command("backup")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True))
-@with_appcontext
 @storage_errors()
 def backup_command(file: Path) -> None:
     """Back up the database to FILE, or for - to standard output."""
@@ -209,9 +206,7 @@ def backup_command(file: Path) -> None:
     click.echo(f"Backed up {database_file.path} to {file}.", err=True)
 
 
-@click.command("restore")
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
-@with_appcontext
 def restore_command(file: Path) -> None:
     """Replace the database with the backup FILE, or for - with standard input."""
     database_file = _sqlite_file(file)
