@@ -170,9 +170,8 @@ def _create_sqlite_file(link: Path) -> None:
         if path.exists():
             return
         Path(new.name).chmod(0o600)  # SQLite gives the files beside it the same mode
-        with closing(sqlite3.connect(new.name)) as connection:
-            for table in Base.metadata.sorted_tables:
-                connection.execute(str(sa.schema.CreateTable(table)))
+        engine = sa.create_engine(db.engine.url.set(database=new.name), poolclass=sa.NullPool)
+        Base.metadata.create_all(engine)
         with suppress(FileExistsError):  # another process was faster
             os.link(new.name, path)
             current_app.logger.warning("Created database %s.", path)
