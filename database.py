@@ -221,6 +221,11 @@ class DatabaseFile:
         # To read, first: the last to close would write the -wal even into a damaged database.
         self._reader.executescript("PRAGMA user_version")
         self.connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
+        try:
+            self.connection.executescript("BEGIN IMMEDIATE; PRAGMA user_version = 0; ROLLBACK")
+        except sqlite3.OperationalError as error:
+            if "readonly" in str(error):  # it opens to read what it fails to open to write
+                raise
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"

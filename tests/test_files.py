@@ -1038,6 +1038,20 @@ def test_change_within_the_resolution_of_the_clock_is_noticed(app: Flask, tmp_pa
     assert (tmp_path / "ai-provider.db-wal").exists()
 
 
+def test_connection_that_can_only_read_is_not_kept(
+    server: Server, app: Flask, credential: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.put(CONFIG, credential)
+    connect = DatabaseFile._connect
+    with monkeypatch.context() as patch, app.app_context():
+        patch.setattr(DatabaseFile, "_connect", lambda file, _: connect(file, "ro"))
+        with pytest.raises(StorageError, match="attempt to write a readonly database"):
+            ProviderConfig.get()
+    with app.app_context():
+        ProviderConfig.put(**OTHER, updated_by="author")
+    assert server.get(credential).body["data"]["provider"] == "other"
+
+
 def test_replaced_files_are_closed(server: Server, credential: str, tmp_path: Path) -> None:
     def descriptors() -> int:
         links = map(os.path.realpath, Path(f"/proc/{server.process.pid}/fd").iterdir())
