@@ -116,6 +116,7 @@ class DatabaseFile:
                 present = self._state()
                 # Otherwise one connection may have a removed or replaced file, and one a new.
                 if [inode, *kept] == present[1:]:
+                    sync(self.path.resolve().parent)  # SQLite ignores that this may fail
                     # 0, which no later look returns, for what was removed meanwhile.
                     self._opened = [*present, 0, 0][:4]
                     return self.connection

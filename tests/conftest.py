@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import resource
 import signal
 import sqlite3
@@ -231,6 +232,20 @@ def credential(app: Flask) -> str:
 @pytest.fixture
 def auth_headers(credential: str) -> dict[str, str]:
     return {"Authorization": f"token {credential}"}
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of what was synced to disk since, in their order."""
+    names: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        names.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        os_fsync(descriptor)
+
+    os_fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", fsync)
+    return names
 
 
 @pytest.fixture

@@ -219,20 +219,6 @@ def test_rotation_of_a_garbled_key_file_changes_nothing(
     assert key_file.read_bytes() == b"garbled"
 
 
-@pytest.fixture
-def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the names of what was synced to disk since, in their order."""
-    names: list[str] = []
-
-    def fsync(descriptor: int) -> None:
-        names.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
-        os_fsync(descriptor)
-
-    os_fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", fsync)
-    return names
-
-
 def test_rotation_is_on_disk_with_its_folder(app: Flask, key_file: Path, synced: list[str]) -> None:
     with app.app_context():
         KeyFile().add_key()
