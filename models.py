@@ -196,9 +196,10 @@ def backup_command(file: Path) -> None:
         copy.touch(0o600)
         with closing(sqlite3.connect(copy)) as target:
             database_file.connect().backup(target)
+            _require_intact(target, database_file.path)
         if folder:
-            copy.replace(place)
             Path(f"{place}-wal").unlink(missing_ok=True)  # it would be restored with the new one
+            copy.replace(place)
         else:
             with os.fdopen(1, "wb", closefd=False) as stdout:  # click.echo permits a short write
                 stdout.write(copy.read_bytes())
@@ -211,13 +212,14 @@ def restore_command(file: Path) -> None:
     database_file = _sqlite_file(file)
     with storage_errors(), TemporaryDirectory() as folder, click.open_file(str(file), "rb") as data:
         present, copy = database_file.connect(), Path(folder, "copy")
+        # Fails if the database is that of another program.
+        present.execute(str(sa.select(ProviderConfig).where(sa.false())))
         present.execute("PRAGMA busy_timeout = 5000")
         copy.write_bytes(data.read())
         with suppress(FileNotFoundError):  # of a database that was not closed
             Path(folder, "copy-wal").write_bytes(Path(f"{os.path.realpath(file)}-wal").read_bytes())
         with closing(sqlite3.connect(copy)) as source:
-            if not _has_intact_tables(source):
-                raise click.ClickException(f"{data.name} is not an intact backup of this service.")
+            _require_intact(source, data.name)
             source.backup(present, progress=_refuse_lock)
         database_file.confirm()
     report(f"Restored {database_file.path} from {data.name}. Revoke again what was revoked since.")
@@ -240,13 +242,12 @@ def _sqlite_file(other: Path) -> DatabaseFile:
     own = re.escape(os.path.realpath(database_file.path)) + "(-wal|-shm|-journal)?"
     if re.fullmatch(own, os.path.realpath(other)):
         raise click.ClickException(f"{other} belongs to the database. Name another file.")
-    with storage_errors():  # or it is the database of another program
-        database_file.connect().execute(str(sa.select(ProviderConfig).where(sa.false())))
     return database_file
 
 
-def _has_intact_tables(copy: sqlite3.Connection) -> bool:
+def _require_intact(database: sqlite3.Connection, name: object) -> None:
     with suppress(sqlite3.Error):
-        copy.execute(str(sa.select(*Base.metadata.sorted_tables)))
-        return copy.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    return False
+        database.execute(str(sa.select(*Base.metadata.sorted_tables)))
+        if database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]:
+            return
+    raise click.ClickException(f"{name} is damaged, or not of this service. See Back up in README.")

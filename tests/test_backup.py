@@ -16,6 +16,7 @@ from conftest import (
     KEY_REMEDY,
     OTHER,
     OTHER_ENCRYPTION_KEY,
+    REMEDY,
     Server,
     close_database,
     file_size_limit,
@@ -120,6 +121,9 @@ def test_database_that_was_not_closed_is_restored_with_its_wal(
     assert config.provider == "second"
 
 
+UNUSABLE = "damaged, or not of this service. See Back up in README."
+
+
 def emptied(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -200,7 +204,7 @@ def test_damaged_backup_changes_nothing(
     before = stored(app)
     result = runner.invoke(args=["restore", str(backup)])
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == f"Error: {backup} is not an intact backup of this service.\n"
+    assert result.stderr == f"Error: {backup} is {UNUSABLE}\n"
     assert stored(app) == before
 
 
@@ -229,34 +233,56 @@ def test_database_is_not_its_own_backup(
     assert (result.exit_code, result.stderr) == (1, refusal)
 
 
-def test_restore_replaces_a_damaged_page(
-    app: Flask, runner: FlaskCliRunner, tmp_path: Path, backup: Path
-) -> None:
-    close_database(app)
-    path = tmp_path / "ai-provider.db"
+def damage_page(path: Path) -> None:
+    """Damage what is stored, and leave the list of tables as it is."""
     with closing(sqlite3.connect(path)) as database:
         find = "SELECT rootpage FROM sqlite_master WHERE name = 'provider_config'"
         [(page,)] = database.execute(find)
     with path.open("r+b") as file:
         file.seek((page - 1) * 4096)
         file.write(b"garbage" * 500)
+
+
+def test_damaged_database_does_not_replace_an_older_backup(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path, backup: Path
+) -> None:
+    before = backup.read_bytes()
+    close_database(app)
+    damage_page(tmp_path / "ai-provider.db")
+    for file in (str(backup), "-"):
+        result = runner.invoke(args=["backup", file])
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr == f"Error: {tmp_path}/ai-provider.db is {UNUSABLE}\n"
+    assert backup.read_bytes() == before
+
+
+def test_restore_replaces_a_damaged_page(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path, backup: Path
+) -> None:
+    close_database(app)
+    damage_page(tmp_path / "ai-provider.db")
     assert runner.invoke(args=["restore", str(backup)]).exit_code == 0
     config = stored(app)
     assert config
     assert config.provider == "first"
 
 
-@pytest.mark.parametrize("command", ["backup", "restore"])
+@pytest.mark.parametrize(
+    ("command", "refusal"),
+    [
+        ("backup", f"{{database}} is {UNUSABLE}"),
+        ("restore", f"Database error: no such table: provider_config. {REMEDY}"),
+    ],
+)
 def test_database_of_another_program_is_neither_backed_up_nor_replaced(
-    runner: FlaskCliRunner, tmp_path: Path, backup: Path, command: str
+    runner: FlaskCliRunner, tmp_path: Path, backup: Path, command: str, refusal: str
 ) -> None:
     database = tmp_path / "ai-provider.db"
     make_other_database(database)
     before = backup.read_bytes()
     result = runner.invoke(args=[command, str(backup)])
-    cause = "no such table: provider_config"
-    refusal = f"Error: Database error: {cause}. Check DATABASE_URL, locks, disk.\n"
-    assert (result.exit_code, result.output) == (1, refusal)
+    message = refusal.format(database=database)
+    assert (result.exit_code, result.output) == (1, f"Error: {message}\n")
     assert backup.read_bytes() == before
     with closing(sqlite3.connect(database)) as connection:
         assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("note",)]
@@ -284,6 +310,16 @@ def test_backup_leaves_no_older_wal_beside_it(
     config = stored(app)
     assert config
     assert config.provider == "second"
+
+
+def test_backup_that_cannot_remove_an_older_wal_replaces_nothing(
+    runner: FlaskCliRunner, backup: Path
+) -> None:
+    before, wal = backup.read_bytes(), backup.with_name("backup-wal")
+    wal.mkdir()
+    result = runner.invoke(args=["backup", str(backup)])
+    assert (result.exit_code, result.stderr) == (1, f"Error: {wal}: Is a directory.\n")
+    assert backup.read_bytes() == before
 
 
 def test_backup_goes_where_a_link_leads(app: Flask, runner: FlaskCliRunner, tmp_path: Path) -> None:
