@@ -56,7 +56,7 @@ class KeyFile:
         """Decrypt with any of the keys; raise StorageError."""
         try:
             return self.read().decrypt(token).decode()
-        except (InvalidToken, ValueError) as error:
+        except (InvalidToken, TypeError, ValueError) as error:
             fault = f"ENCRYPTION_KEY_FILE: {self.path}: no key in it decrypts what is stored."
             raise KeyFileError(f"{fault} {KeyFileError.remedy}") from error
 
@@ -71,6 +71,7 @@ class KeyFile:
         self.read()
         self._write(Fernet.generate_key() + b"\n" + self.path.read_bytes(), self.path.stat())
 
+    @storage_errors("ENCRYPTION_KEY_FILE: ")
     def inspect(self) -> None:
         """Remove what a killed rotation left; raise StorageError, or warn of others' access."""
         leftover = Path(f"{self.path}.new")

@@ -37,7 +37,8 @@ from conftest import (
 from flask import Flask
 from flask.testing import FlaskClient
 
-from database import transaction
+from database import StorageError, transaction
+from encryption import KeyFile
 
 
 class Write(NamedTuple):
@@ -355,6 +356,21 @@ def test_unwritable_database_still_shows_what_is_set(
     assert client.get("/health").status_code == 200
     close_database(app)
     assert client.put(URL, json=large, headers=auth_headers).status_code == 200
+
+
+def test_key_file_removed_amid_its_inspection_is_one_clear_line(
+    app: Flask, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = KeyFile.read
+
+    def read_and_remove(file: KeyFile) -> None:
+        read(file)
+        key_file.unlink()
+
+    monkeypatch.setattr(KeyFile, "read", read_and_remove)
+    with app.app_context(), pytest.raises(StorageError) as error:
+        KeyFile().inspect()
+    assert str(error.value) == f"ENCRYPTION_KEY_FILE: {key_file}: No such file or directory."
 
 
 def test_service_recovers_from_failing_writes(

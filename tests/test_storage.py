@@ -4,6 +4,7 @@ import re
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,24 @@ def test_damaged_row_is_an_unreadable_key(
     answer = client.get(URL, headers=auth_headers)
     assert (answer.status_code, answer.json) == (500, UNREADABLE)
     assert client.get("/health").status_code == 503
+
+
+def test_row_that_damage_left_without_a_key_is_an_unreadable_key(
+    app: Flask, client: FlaskClient, auth_headers: dict[str, str], tmp_path: Path
+) -> None:
+    client.put(URL, json=CONFIG, headers=auth_headers)
+    close_database(app)
+    column = "api_key_encrypted VARCHAR"
+    permit = f"sql = replace(sql, '{column} NOT NULL', '{column}')"
+    scripts = [
+        f"PRAGMA writable_schema = 1; UPDATE sqlite_master SET {permit}",
+        "UPDATE provider_config SET api_key_encrypted = NULL",
+    ]
+    for script in scripts:
+        with closing(sqlite3.connect(tmp_path / "ai-provider.db")) as database:
+            database.executescript(script)
+    answer = client.get(URL, headers=auth_headers)
+    assert (answer.status_code, answer.json) == (500, UNREADABLE)
 
 
 def test_link_to_the_key_file_is_followed_where_it_leads_now(
