@@ -86,8 +86,7 @@ class KeyFile:
     @storage_errors("ENCRYPTION_KEY_FILE: ")
     def _write(self, keys: bytes, replaced: os.stat_result | None = None) -> None:
         # Writes all or nothing, and replaces no file but the one whose state is given.
-        folder = Path(os.path.realpath(self.path.parent, strict=True))
-        new = folder / f"{self.path.name}.new"
+        new = Path(os.path.realpath(self.path.parent, strict=True), f"{self.path.name}.new")
         try:
             new.unlink(missing_ok=True)  # a killed creation leaves a link to the key file itself
             new.touch()
@@ -100,7 +99,7 @@ class KeyFile:
                 new.replace(self.path)
             else:
                 os.link(new, self.path)
-            sync(folder)
+            sync(new.parent)
         finally:
             new.unlink(missing_ok=True)
 
