@@ -28,10 +28,6 @@ class StorageError(click.ClickException):
 class Base(DeclarativeBase):
     """The tables. An instance is a copy of a row; `execute` writes."""
 
-    def __init__(self, **row: object) -> None:
-        """Take the row as it is: nothing asks SQLAlchemy which attributes have changed."""
-        self.__dict__.update(row)
-
 
 db = SQLAlchemy(model_class=Base)
 # How a transaction keeps other writers out, after waiting for at most {} milliseconds.
