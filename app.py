@@ -39,7 +39,6 @@ STATUS_MESSAGES = {  # for errors that are raised without one
     404: "The paths are /api/v1/ai/provider, /health and /openapi.yaml.",
     405: "This path has the methods {allow}.",
     413: "The body must be at most 64 KiB.",
-    415: "Send the header Content-Type: application/json.",
     500: "The service failed. Its log names the cause.",
 }
 
@@ -52,7 +51,7 @@ bp.before_request(auth.authenticate)
 def update_provider() -> dict[str, object]:
     """Create or replace the configuration."""
     if not request.is_json:
-        abort(415)
+        abort(415, "Send the header Content-Type: application/json.")
     config = schemas.provider_schema.load(schemas.parse_object(request.get_data()))
     ProviderConfig.put(**config, updated_by=g.api_key)
     current_app.logger.info("Provider set to %r by %s", config["provider"], g.api_key)
