@@ -74,7 +74,7 @@ def clear_provider() -> dict[str, object]:
 
 
 def check_health() -> dict[str, object]:
-    """Answer while what is stored can be read."""
+    """Succeed if what is stored can be read."""
     ProviderConfig.get()
     return schemas.success(True)
 

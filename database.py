@@ -20,7 +20,7 @@ from sqlalchemy.orm import DeclarativeBase
 
 
 class StorageError(click.ClickException):
-    """A fault of what is stored; the message has the remedy, `public` is for clients."""
+    """A fault in what is stored; the message is for the operator, `public` for clients."""
 
     public = "What is stored cannot be read or written. The log names the cause."
 
@@ -95,7 +95,7 @@ class DatabaseFile:
     def __init__(self, path: Path) -> None:
         """Open nothing before the first statement."""
         self.path = path
-        self._opened: list[int] = []
+        self._opened: list[int] = []  # the state of what is open, as _state returns it
 
     def connect(self) -> sqlite3.Connection:
         """Return the connection to the files that have the names now."""
@@ -110,10 +110,10 @@ class DatabaseFile:
             try:
                 self._open(inode)
                 present = self._state()
-                # Otherwise one connection may have a removed or replaced file, and one a new.
+                # Otherwise one connection may have a removed or replaced file, the other a new one.
                 if [inode, *kept] == present[1:]:
                     sync(self.path.resolve().parent)  # SQLite ignores that this may fail
-                    # 0, which no later look returns, for what was removed meanwhile.
+                    # 0 for what was removed meanwhile: no later look returns that.
                     self._opened = [*present, 0, 0][:4]
                     return self.connection
             finally:
@@ -157,7 +157,7 @@ class DatabaseFile:
             os.close(folder)
 
     def _require_wal(self) -> list[int]:
-        # While the database is open, this would end the locks of SQLite.
+        # Only while it is closed: closing this file would end the locks of SQLite.
         with self.path.open("r+b") as file, suppress(BlockingIOError):
             if file.read(16) != b"SQLite format 3\0":  # SQLite would write the -wal into any file
                 raise StorageError(f"DATABASE_URL: {self.path} is unusable. See Back up in README.")
@@ -262,13 +262,13 @@ def transaction(patience: float = 1) -> Iterator[None]:
     with storage_errors(), lock:
         connection, now = _connection(), monotonic()
         # Requests that find the database locked wait together, not one after the other.
-        if now - extensions.setdefault("locked_since", now) > 2:
-            extensions["locked_since"] = now
-        milliseconds = round((extensions["locked_since"] + patience - now) * 1000)
+        if now - extensions.setdefault("waiting_since", now) > 2:
+            extensions["waiting_since"] = now
+        milliseconds = round((extensions["waiting_since"] + patience - now) * 1000)
         try:
             for sql in BEGIN[db.engine.name]:
                 connection.execute(sql.format(max(10, milliseconds)))
-            extensions.pop("locked_since")
+            extensions.pop("waiting_since")
             yield
             connection.commit()
         except BaseException:

@@ -80,7 +80,7 @@ class KeyFile:
                 leftover.unlink(missing_ok=True)
         if os.path.lexists(self.path):
             self.read()
-            if self.path.stat().st_mode & 0o026:
+            if self.path.stat().st_mode & 0o026:  # the group may read
                 current_app.logger.warning("Others can access keys. Run: chmod 600 %s", self.path)
 
     @storage_errors("ENCRYPTION_KEY_FILE: ")

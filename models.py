@@ -117,7 +117,7 @@ class ProviderConfig(Base):
 
     @classmethod
     def rotate(cls) -> None:
-        """Encrypt the stored API key with a new key; raise KeyFileError."""
+        """Encrypt the stored API key with a new key; raise StorageError."""
         with transaction():  # of two rotations at once, one would lose its key
             config = cls.get()
             key_file.add_key()
@@ -186,11 +186,11 @@ def report(message: str) -> None:
 @storage_errors()
 def backup_command(file: Path) -> None:
     """Back up the database to FILE, or for - to standard output."""
-    database_file, place = _sqlite_file(file), Path(os.path.realpath(file))
+    database_file, place = _require_sqlite_file(file), Path(os.path.realpath(file))
     folder = None if str(file) == "-" else os.path.realpath(place.parent, strict=True)
     with TemporaryDirectory(dir=folder, prefix=f"{file.name}.") as private_folder:
-        older = place.read_bytes() if place.is_file() else b"of another kind"
-        if folder and place.exists() and not re.match(rb"(?s)\Z|SQLite.*provider_config", older):
+        content = place.read_bytes() if place.is_file() else b"of another kind"
+        if folder and place.exists() and not re.match(rb"(?s)\Z|SQLite.*provider_config", content):
             raise click.ClickException(f"{file} is not a backup of this service: not replaced.")
         copy = Path(private_folder, "copy")
         copy.touch(0o600)
@@ -209,7 +209,7 @@ def backup_command(file: Path) -> None:
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
 def restore_command(file: Path) -> None:
     """Replace the database with the backup FILE, or for - with standard input."""
-    database_file = _sqlite_file(file)
+    database_file = _require_sqlite_file(file)
     with storage_errors(), TemporaryDirectory() as folder, click.open_file(str(file), "rb") as data:
         present, copy = database_file.connect(), Path(folder, "copy")
         # Fails if the database is that of another program.
@@ -235,7 +235,7 @@ def _refuse_lock(status: int, *_: int) -> None:
         raise sqlite3.OperationalError("database is locked")
 
 
-def _sqlite_file(other: Path) -> DatabaseFile:
+def _require_sqlite_file(other: Path) -> DatabaseFile:
     database_file: DatabaseFile | None = current_app.extensions.get("database_file")
     if not database_file:
         raise click.ClickException("Use pg_dump and pg_restore for a PostgreSQL database.")

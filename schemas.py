@@ -64,7 +64,7 @@ def read_settings(root: Path, config: dict[str, Any]) -> dict[str, Any]:
         raise click.ClickException(explain(error)) from error
     except UnicodeError as error:
         raise click.ClickException(f"{root / '.env'}: Must be UTF-8.") from error
-    settings["AI_PROVIDERS"] = re.findall(r"[^\s,](?:[^,]*[^\s,])?", settings["AI_PROVIDERS"])
+    settings["AI_PROVIDERS"] = [*filter(None, map(str.strip, settings["AI_PROVIDERS"].split(",")))]
     settings["ENCRYPTION_KEY_FILE"] = root / "instance" / settings["ENCRYPTION_KEY_FILE"]
     engine_options = _engine_options(settings["DATABASE_URL"], root / "instance")
     return {"SQLALCHEMY_ENGINE_OPTIONS": engine_options, **settings}
@@ -184,7 +184,7 @@ class Channel(HTTPChannel):
 
 
 class Server(TcpWSGIServer):
-    """A server that runs the application in the thread of its loop; a second would contend."""
+    """A server that runs the application in the thread of its loop; another would contend."""
 
     channel_class = Channel
     adj: Any  # has the database file, too

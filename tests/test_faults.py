@@ -219,7 +219,7 @@ def test_lock_of_long_ago_takes_no_patience_away(
     app: Flask, client: FlaskClient, auth_headers: dict[str, str], database_url: str
 ) -> None:
     client.get(URL, headers=auth_headers)
-    app.extensions["locked_since"] = time.monotonic() - 3
+    app.extensions["waiting_since"] = time.monotonic() - 3
     with ThreadPoolExecutor(1) as pool:
         with locked(database_url):
             put = pool.submit(client.put, URL, json=CONFIG, headers=auth_headers)
