@@ -192,14 +192,16 @@ def backup_command(file: Path) -> None:
         content = place.read_bytes() if place.is_file() else b"of another kind"
         if folder and place.exists() and not re.match(rb"(?s)\Z|SQLite.*provider_config", content):
             raise click.ClickException(f"{file} is not a backup of this service: not replaced.")
+        if folder and os.path.lexists(f"{place}-wal"):  # it would be restored with the new one
+            raise click.ClickException(f"{file} has a -wal beside it: not replaced.")
         copy = Path(private_folder, "copy")
         copy.touch(0o600)
         with closing(sqlite3.connect(copy)) as target:
             database_file.connect().backup(target)
             _require_intact(target, database_file.path)
         if folder:
-            Path(f"{place}-wal").unlink(missing_ok=True)  # it would be restored with the new one
             copy.replace(place)
+            os.sync()  # or a power cut could undo this
         else:
             with os.fdopen(1, "wb", closefd=False) as stdout:  # click.echo permits a short write
                 stdout.write(copy.read_bytes())
