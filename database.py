@@ -82,11 +82,12 @@ def explain(error: OSError) -> str:
 
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk; raise OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with suppress(PermissionError):  # a folder of others, which may be searched alone
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class DatabaseFile:

@@ -23,12 +23,14 @@ from conftest import (
     failure,
     flask,
 )
+from cryptography.fernet import Fernet
 from flask import Flask
 from flask.testing import FlaskClient
 from processes import execute_command_without, run, serve, serve_as_nobody, without_privileges
 
 from app import _parse_address, create_app
 from database import StorageError, explain
+from encryption import KeyFile
 from models import create_missing
 
 BAD_DATABASE_URL = (
@@ -376,6 +378,18 @@ def test_file_or_folder_without_permission_names_its_owner(name: str) -> None:
         in log.splitlines()[-1]
     )
     assert "Traceback" not in log
+
+
+def test_folder_of_the_key_file_need_not_be_readable() -> None:
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o711)
+        key_file = Path(folder, "encryption.key")
+        key_file.write_bytes(Fernet.generate_key())
+        key_file.chmod(0o644)
+        app = create_app({"ENCRYPTION_KEY_FILE": str(key_file)})
+        with app.app_context(), without_privileges():
+            token = KeyFile().encrypt("text")
+            assert KeyFile().decrypt(token) == "text"
 
 
 def test_folder_of_a_link_to_the_database_need_not_be_writable() -> None:
