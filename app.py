@@ -158,6 +158,10 @@ def _finish_request(response: Response) -> Response:
     return response
 
 
+def _is_no_access_line(record: logging.LogRecord) -> bool:
+    return " - - [" not in record.msg
+
+
 class _JournalFormatter(logging.Formatter):
     # Begins each line with the priority that journald reads (sd-daemon(3)).
     def format(self, record: logging.LogRecord) -> str:
@@ -174,7 +178,7 @@ def _configure_logging(level: str) -> None:
     handler.setFormatter(formatter)
     logging.basicConfig(handlers=[handler], level=level)
     # The development server's own access lines show the query string.
-    logging.getLogger("werkzeug").addFilter(lambda record: " - - [" not in record.msg)
+    logging.getLogger("werkzeug").addFilter(_is_no_access_line)
     # Waitress's warnings quote what a stranger sent, and it logs one for each request that waits.
     logging.getLogger("waitress").setLevel(logging.ERROR)
 
