@@ -113,7 +113,6 @@ class DatabaseFile:
                 present = self._state()
                 # Otherwise one connection may have a removed or replaced file, the other a new one.
                 if [inode, *kept] == present[1:]:
-                    sync(self.path.resolve().parent)  # SQLite ignores that this may fail
                     # 0 for what was removed meanwhile: no later look returns that.
                     self._opened = [*present, 0, 0][:4]
                     return self.connection

@@ -1038,15 +1038,6 @@ def test_change_within_the_resolution_of_the_clock_is_noticed(app: Flask, tmp_pa
     assert (tmp_path / "ai-provider.db-wal").exists()
 
 
-def test_names_of_new_files_are_on_disk_before_a_change(
-    app: Flask, tmp_path: Path, synced: list[str]
-) -> None:
-    close_database(app)
-    with app.app_context():
-        ProviderConfig.put("openai", "key", "author")
-    assert synced[0] == tmp_path.name
-
-
 def test_connection_that_can_only_read_is_not_kept(
     server: Server, app: Flask, credential: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
