@@ -100,7 +100,7 @@ class DatabaseFile:
 
     def connect(self) -> sqlite3.Connection:
         """Return the connection to the files that have the names now."""
-        if self._opened and self._state() == self._opened:
+        if self._opened and self._state() == self._opened and self._can_write:
             return self.connection
         if not self.path.is_file() or not self.path.stat().st_size:
             raise StorageError(f"DATABASE_URL: no database {self.path}. See Back up in README.")
@@ -218,11 +218,12 @@ class DatabaseFile:
         # To read, first: the last to close would write the -wal even into a damaged database.
         self._reader.executescript("PRAGMA user_version")
         self.connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
+        self._can_write: bool = True
         try:
-            self.connection.executescript("BEGIN IMMEDIATE; PRAGMA user_version = 0; ROLLBACK")
-        except sqlite3.OperationalError as error:
-            if "readonly" in str(error):  # it opens to read what it fails to open to write
-                raise
+            self.connection.executescript("BEGIN IMMEDIATE; PRAGMA user_version = 0")
+        except sqlite3.OperationalError as error:  # SQLite opens to read what it cannot write
+            self._can_write = "readonly" not in str(error)
+        self.connection.rollback()
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"

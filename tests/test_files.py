@@ -1046,7 +1046,8 @@ def test_connection_that_can_only_read_is_not_kept(
     with monkeypatch.context() as patch, app.app_context():
         patch.setattr(DatabaseFile, "_connect", lambda file, _: connect(file, "ro"))
         with pytest.raises(StorageError, match="attempt to write a readonly database"):
-            ProviderConfig.get()
+            ProviderConfig.put(**OTHER, updated_by="author")
+        assert ProviderConfig.get()
     with app.app_context():
         ProviderConfig.put(**OTHER, updated_by="author")
     assert server.get(credential).body["data"]["provider"] == "other"
