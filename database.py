@@ -82,12 +82,11 @@ def explain(error: OSError) -> str:
 
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on disk; raise OSError."""
-    with suppress(PermissionError):  # a folder of others, which may be searched alone
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class DatabaseFile:

@@ -1,6 +1,7 @@
 """The encryption key file."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
@@ -36,10 +37,11 @@ class KeyFile:
             if version != self.version:
                 if not path.is_file():  # a FIFO would block
                     raise StorageError(f"ENCRYPTION_KEY_FILE must name a regular file, not {path}.")
-                sync(self.path)  # whoever put it there may not have waited
-                sync(self.path.parent)
-                keys = path.read_bytes().split()
-                self.cipher, self.version = MultiFernet([Fernet(key) for key in keys]), version
+                self.cipher = MultiFernet([Fernet(key) for key in path.read_bytes().split()])
+                with suppress(OSError):  # as far as the folder and the file system permit it
+                    sync(self.path)  # whoever put it there may not have waited
+                    sync(self.path.parent)
+                self.version = version
         except (FileNotFoundError, ValueError) as error:
             cause = getattr(error, "strerror", "not one Fernet key per line")
             fault = f"ENCRYPTION_KEY_FILE: {self.path}: {cause}."
@@ -89,8 +91,8 @@ class KeyFile:
         new = Path(os.path.realpath(self.path.parent, strict=True), f"{self.path.name}.new")
         try:
             new.unlink(missing_ok=True)  # a killed creation leaves a link to the key file itself
-            new.touch()
-            new.chmod(0o600)
+            new.touch(0o600)
+            new.chmod(0o600)  # whatever the umask
             new.write_bytes(keys)
             sync(new)
             if replaced:  # by root, perhaps, for the user who runs the service

@@ -1,3 +1,4 @@
+import errno
 import itertools
 import os
 import shutil
@@ -28,6 +29,7 @@ from conftest import (
     rounds,
     stored,
 )
+from cryptography.fernet import MultiFernet
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
 from hypothesis import settings
@@ -227,13 +229,32 @@ def test_rotation_is_on_disk_with_its_folder(app: Flask, key_file: Path, synced:
 
 
 def test_key_is_on_disk_before_anything_is_encrypted_with_it(
-    app: Flask, key_file: Path, synced: list[str]
+    app: Flask, key_file: Path, synced: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before: list[str] = []
+    encrypt = MultiFernet.encrypt
+
+    def look_and_encrypt(cipher: MultiFernet, text: bytes) -> bytes:
+        before.extend(synced)
+        return encrypt(cipher, text)
+
+    monkeypatch.setattr(MultiFernet, "encrypt", look_and_encrypt)
     key_file.with_name("restored").write_bytes(OTHER_ENCRYPTION_KEY)
     key_file.with_name("restored").replace(key_file)
     with app.app_context():
         ProviderConfig.put(**CONFIG, updated_by="author")
-    assert synced[-2:] == ["encryption.key", key_file.parent.name]
+    assert before == ["encryption.key", key_file.parent.name]
+
+
+def test_rotation_that_is_not_on_disk_is_an_error(
+    app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with app.app_context(), pytest.raises(StorageError, match="Input/output error"):
+        KeyFile().add_key()
 
 
 def test_copy_of_the_keys_that_a_killed_rotation_left_is_removed_by_the_next(
