@@ -197,8 +197,8 @@ def backup_command(file: Path) -> None:
         copy = Path(private_folder, "copy")
         copy.touch(0o600)
         with closing(sqlite3.connect(copy)) as target:
+            _require_intact(database_file.connect(), database_file.path)
             database_file.connect().backup(target)
-            _require_intact(target, database_file.path)
         if folder:
             copy.replace(place)
             os.sync()  # or a power cut could undo this

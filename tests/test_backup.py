@@ -249,10 +249,11 @@ def test_damaged_database_does_not_replace_an_older_backup(
     before = backup.read_bytes()
     close_database(app)
     damage_page(tmp_path / "ai-provider.db")
-    for file in (str(backup), "-"):
-        result = runner.invoke(args=["backup", file])
-        assert (result.exit_code, result.stdout) == (1, "")
-        assert result.stderr == f"Error: {tmp_path}/ai-provider.db is {UNUSABLE}\n"
+    refusal = f"Error: {tmp_path}/ai-provider.db is {UNUSABLE}\n"
+    result = runner.invoke(args=["backup", str(backup)])
+    assert (result.exit_code, result.output) == (1, refusal)
+    with backup.open("ab") as stdout:
+        assert back_up_to(stdout) == (1, refusal)
     assert backup.read_bytes() == before
 
 
