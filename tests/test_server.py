@@ -24,6 +24,7 @@ from conftest import (
     Answer,
     Running,
     Server,
+    StartApp,
     StartServer,
     basic,
     create_credential,
@@ -516,6 +517,14 @@ def test_development_server_logs_as_the_other_does(
     stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
     assert re.fullmatch(rf"{stamp} INFO GET /health 200 \d+\.\d ms - 127\.0\.0\.1\n", access)
     assert "secret" not in server.stop(signal.SIGINT)
+
+
+def test_second_application_in_a_process_adds_nothing_to_the_log(start_app: StartApp) -> None:
+    loggers = [logging.getLogger(name) for name in (None, "app", "werkzeug", "waitress")]
+    start_app()
+    before = [[*logger.handlers, *logger.filters] for logger in loggers]
+    start_app()
+    assert [[*logger.handlers, *logger.filters] for logger in loggers] == before
 
 
 def test_secrets_are_in_no_log_and_in_no_file_but_encrypted(
