@@ -80,15 +80,6 @@ def explain(error: OSError) -> str:
     return f"{fault} {owner}; this process runs as user {os.geteuid()}."
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk; raise OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class DatabaseFile:
     """The SQLite file under watch: SQLite would go on writing to files that were removed."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from flask import current_app
 
-from database import StorageError, storage_errors, sync, transaction
+from database import StorageError, storage_errors, transaction
 
 
 class KeyFileError(StorageError):
@@ -39,8 +39,8 @@ class KeyFile:
                     raise StorageError(f"ENCRYPTION_KEY_FILE must name a regular file, not {path}.")
                 self.cipher = MultiFernet([Fernet(key) for key in path.read_bytes().split()])
                 with suppress(OSError):  # as far as the folder and the file system permit it
-                    sync(self.path)  # whoever put it there may not have waited
-                    sync(self.path.parent)
+                    _sync(self.path)  # whoever put it there may not have waited
+                    _sync(self.path.parent)
                 self.version = version
         except (FileNotFoundError, ValueError) as error:
             cause = getattr(error, "strerror", "not one Fernet key per line")
@@ -94,16 +94,25 @@ class KeyFile:
             new.touch(0o600)
             new.chmod(0o600)  # whatever the umask
             new.write_bytes(keys)
-            sync(new)
+            _sync(new)
             if replaced:  # by root, perhaps, for the user who runs the service
                 os.chown(new, replaced.st_uid, replaced.st_gid)
                 new.chmod(replaced.st_mode)
                 new.replace(self.path)
             else:
                 os.link(new, self.path)
-            sync(new.parent)
+            _sync(new.parent)
         finally:
             new.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    # Waits until a file, or the names in a folder, are on disk.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 key_file = KeyFile()
