@@ -90,7 +90,7 @@ class DatabaseFile:
 
     def connect(self) -> sqlite3.Connection:
         """Return the connection to the files that have the names now."""
-        if self._opened and self._state() == self._opened and self._can_write:
+        if self._opened and self._state() == self._opened and not self._opens_anew:
             return self.connection
         if not self.path.is_file() or not self.path.stat().st_size:
             raise StorageError(f"DATABASE_URL: no database {self.path}. See Back up in README.")
@@ -208,12 +208,14 @@ class DatabaseFile:
         # To read, first: the last to close would write the -wal even into a damaged database.
         self._reader.executescript("PRAGMA user_version")
         self.connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
-        self._can_write: bool = True
+        self._opens_anew: bool = False
         try:
             self.connection.executescript("BEGIN IMMEDIATE; PRAGMA user_version = 0")
-        except sqlite3.OperationalError as error:  # SQLite opens to read what it cannot write
-            self._can_write = "readonly" not in str(error)
-        self.connection.rollback()
+        except sqlite3.OperationalError as error:  # SQLite falls back to reading
+            writable = [os.access(path, os.W_OK) for path in (self.path, self._wal, self._shm)]
+            self._opens_anew = "readonly" in str(error) and all(writable)
+        finally:
+            self.connection.rollback()
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"
