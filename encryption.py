@@ -38,9 +38,9 @@ class KeyFile:
                 if not path.is_file():  # a FIFO would block
                     raise StorageError(f"ENCRYPTION_KEY_FILE must name a regular file, not {path}.")
                 self.cipher = MultiFernet([Fernet(key) for key in path.read_bytes().split()])
-                with suppress(OSError):  # as far as the folder and the file system permit it
-                    _sync(self.path)  # whoever put it there may not have waited
-                    _sync(self.path.parent)
+                for place in (self.path, self.path.parent):  # its writer may not have waited
+                    with suppress(OSError):  # which a folder or a file system may not permit
+                        sync(place)
                 self.version = version
         except (FileNotFoundError, ValueError) as error:
             cause = getattr(error, "strerror", "not one Fernet key per line")
@@ -94,20 +94,20 @@ class KeyFile:
             new.touch(0o600)
             new.chmod(0o600)  # whatever the umask
             new.write_bytes(keys)
-            _sync(new)
+            sync(new)
             if replaced:  # by root, perhaps, for the user who runs the service
                 os.chown(new, replaced.st_uid, replaced.st_gid)
                 new.chmod(replaced.st_mode)
                 new.replace(self.path)
             else:
                 os.link(new, self.path)
-            _sync(new.parent)
+            sync(new.parent)
         finally:
             new.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    # Waits until a file, or the names in a folder, are on disk.
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk; raise OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

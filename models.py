@@ -18,7 +18,7 @@ from flask import current_app
 from sqlalchemy.orm import Mapped, mapped_column
 
 from database import Base, DatabaseFile, StorageError, db, execute, storage_errors, transaction
-from encryption import key_file
+from encryption import key_file, sync
 
 
 def utc_now(timespec: str = "seconds") -> str:
@@ -192,8 +192,9 @@ def backup_command(file: Path) -> None:
         content = place.read_bytes() if place.is_file() else b"of another kind"
         if folder and place.exists() and not re.match(rb"(?s)\Z|SQLite.*provider_config", content):
             raise click.ClickException(f"{file} is not a backup of this service: not replaced.")
-        if folder and os.path.lexists(f"{place}-wal"):  # it would be restored with the new one
-            raise click.ClickException(f"{file} has a -wal beside it: not replaced.")
+        wal = Path(f"{place}-wal")  # it would be restored with the new one
+        if folder and wal.exists() and wal.stat().st_size:
+            raise click.ClickException(f"{file} has a -wal: not replaced. Name another file.")
         copy = Path(private_folder, "copy")
         copy.touch(0o600)
         with closing(sqlite3.connect(copy)) as target:
@@ -201,7 +202,7 @@ def backup_command(file: Path) -> None:
             database_file.connect().backup(target)
         if folder:
             copy.replace(place)
-            os.sync()  # or a power cut could undo this
+            sync(place.parent)
         else:
             with os.fdopen(1, "wb", closefd=False) as stdout:  # click.echo permits a short write
                 stdout.write(copy.read_bytes())

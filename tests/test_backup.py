@@ -308,8 +308,11 @@ def test_copy_that_has_a_wal_is_not_replaced_by_a_backup(
         shutil.copy(tmp_path / f"ai-provider.db{suffix}", f"{copy}{suffix}")
     put(app, "second")
     result = runner.invoke(args=["backup", str(copy)])
-    refusal = f"Error: {copy} has a -wal beside it: not replaced.\n"
+    refusal = f"Error: {copy} has a -wal: not replaced. Name another file.\n"
     assert (result.exit_code, result.output) == (1, refusal)
+    shutil.copy(copy, tmp_path / "looked-at")
+    (tmp_path / "looked-at-wal").touch()  # as SQLite does to read
+    assert runner.invoke(args=["backup", str(tmp_path / "looked-at")]).exit_code == 0
     assert runner.invoke(args=["restore", str(copy)]).exit_code == 0
     config = stored(app)
     assert config
