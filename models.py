@@ -195,10 +195,10 @@ def backup_command(file: Path) -> None:
         wal = Path(f"{place}-wal")  # it would be restored with the new one
         if folder and wal.exists() and wal.stat().st_size:
             raise click.ClickException(f"{file} has a -wal: not replaced. Name another file.")
+        _require_intact(database_file.connect(), database_file.path)
         copy = Path(private_folder, "copy")
         copy.touch(0o600)
         with closing(sqlite3.connect(copy)) as target:
-            _require_intact(database_file.connect(), database_file.path)
             database_file.connect().backup(target)
         if folder:
             copy.replace(place)
