@@ -111,7 +111,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
 
 def _validate_allowed(value: str) -> None:
     if allowed := current_app.config["AI_PROVIDERS"]:
-        validate.OneOf(allowed)(value)
+        validate.OneOf(allowed, map(repr, allowed), error="Must be one of: {labels}.")(value)
 
 
 class SecretString(fields.String):

@@ -500,6 +500,6 @@ def test_other_provider_is_refused_with_the_allowed_names(
     client: FlaskClient, auth_headers: dict[str, str]
 ) -> None:
     answer = client.put(URL, json=CONFIG | {"provider": "OpenAI"}, headers=auth_headers)
-    message = "Must be one of: openai, my own, anthropic."
+    message = "Must be one of: 'openai', 'my own', 'anthropic'."
     assert answer.status_code == 400
     assert answer.json == failure("InputException", f"provider: {message}", {"provider": [message]})
