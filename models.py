@@ -143,8 +143,10 @@ def _upsert_config(dialect: str) -> sa.Insert:
 
 def create_missing() -> None:
     """Create what is missing, but no key file while something is stored."""
-    with suppress(OSError):  # it is there, or not needed
-        Path(current_app.instance_path).mkdir(0o700)
+    folder = Path(current_app.instance_path)
+    is_needed = current_app.config["ENCRYPTION_KEY_FILE"].parent == folder
+    with storage_errors(), suppress(FileExistsError if is_needed else OSError):
+        folder.mkdir(0o700)
     with storage_errors("DATABASE_URL: "):
         if database_file := current_app.extensions.get("database_file"):
             _create_sqlite_file(database_file.path)

@@ -356,6 +356,33 @@ def test_file_of_another_application_does_not_concern_a_command(
     assert create_app().config["LOG_LEVEL"] == "INFO"
 
 
+def test_denied_folder_of_the_application_names_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ENCRYPTION_KEY_FILE")
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        monkeypatch.setattr("app.ROOT", Path(folder))
+        with (
+            create_app().app_context(),
+            without_privileges(),
+            pytest.raises(StorageError) as raised,
+        ):
+            create_missing()
+        owner = Path(folder).stat().st_uid
+    user = 65534 if owner == 0 else owner
+    assert raised.value.message == (
+        f"{folder}/instance: Permission denied. {folder} belongs to user {owner}, mode 555;"
+        f" this process runs as user {user}."
+    )
+
+
+def test_folder_for_data_that_lies_elsewhere_is_not_needed(
+    monkeypatch: pytest.MonkeyPatch, start_app: StartApp, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("app.ROOT", tmp_path / "denied")
+    start_app()
+    assert {path.name for path in tmp_path.iterdir()} >= {"ai-provider.db", "encryption.key"}
+
+
 @pytest.mark.parametrize("name", ["ai-provider.db", "encryption.key", ""])
 def test_file_or_folder_without_permission_names_its_owner(name: str) -> None:
     with TemporaryDirectory() as folder:
