@@ -156,11 +156,10 @@ def create_missing() -> None:
             with engine.begin() as connection:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(5741)))  # any number
                 Base.metadata.create_all(connection)
-    with storage_errors("ENCRYPTION_KEY_FILE: "):
-        # While something is stored, a new key could not decrypt it.
-        if not execute(SELECT_CONFIG) and not key_file.path.exists():
-            with transaction():
-                key_file.create()
+    # While something is stored, a new key could not decrypt it.
+    if not execute(SELECT_CONFIG) and not os.path.lexists(key_file.path):
+        with transaction():
+            key_file.create()
 
 
 def _create_sqlite_file(link: Path) -> None:

@@ -240,7 +240,7 @@ def test_folder_that_cannot_be_created_is_one_clear_line(
     ("path", "fault"),
     [
         ("missing/key", "missing: No such file or directory"),
-        ("k" * 300, f"{'k' * 300}: File name too long"),
+        ("k" * 300, f"{'k' * 300}.new: File name too long"),
     ],
     ids=["missing folder", "long name"],
 )
