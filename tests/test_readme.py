@@ -1,9 +1,11 @@
 """What the README says is what happens, in a checkout with the default settings."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+from ctypes import CDLL
 from pathlib import Path
 
 import pytest
@@ -80,7 +82,7 @@ def test_backup_of_a_running_service_is_restored_with_its_key(
     assert f"Restored {checkout}/instance/ai-provider.db from <stdin>. " in shown
     assert "The present encryption key decrypts what was restored." in shown
     assert server.get(credential).body == before
-    run_block("key.new", checkout)
+    run_block("key.copy", checkout)
     assert server.get(credential).body == before
 
 
@@ -110,8 +112,22 @@ def test_empty_copy_of_the_key_replaces_nothing(checkout: Path, tmp_path: Path) 
     create_credential(checkout)
     before = (checkout / "instance" / "encryption.key").read_bytes()
     (tmp_path / "encryption-backup.key").touch()
-    assert run_shell(find_block("key.new"), checkout).returncode == 1
+    assert run_shell(find_block("key.copy"), checkout).returncode == 1
     assert (checkout / "instance" / "encryption.key").read_bytes() == before
+
+
+def test_restored_key_replaces_the_former_one_without_a_gap(checkout: Path, tmp_path: Path) -> None:
+    create_credential(checkout)
+    (tmp_path / "encryption-backup.key").write_bytes(OTHER_ENCRYPTION_KEY)
+    libc = CDLL(None)
+    watch = libc.inotify_init()
+    moved_or_deleted = 0x40 | 0x200
+    libc.inotify_add_watch(watch, os.fsencode(checkout / "instance"), moved_or_deleted)
+    run_block("key.copy", checkout)
+    with os.fdopen(watch, "rb", buffering=0) as events:
+        names = events.read(4096)
+    assert (b"encryption.key.copy\0" in names, b"encryption.key\0" in names) == (True, False)
+    assert (checkout / "instance" / "encryption.key").read_bytes() == OTHER_ENCRYPTION_KEY
 
 
 def test_backup_is_restored_on_another_machine(
@@ -130,9 +146,9 @@ def test_backup_is_restored_on_another_machine(
     shown = run_block("restore -", other)
     assert "Put the right file back" in shown
     replaced = (other / "instance" / "encryption.key").read_bytes()
-    run_block("key.new", other)
+    run_block("key.copy", other)
     assert server.get(credential).body == before
-    run_block("key.new", other)
+    run_block("key.copy", other)
     assert (other / "instance" / "encryption.key.~1~").read_bytes() == replaced
     assert {path.stat().st_mode for path in (other / "instance").iterdir()} == {0o100600}
 
