@@ -183,7 +183,7 @@ def report(message: str) -> None:
     click.echo(f"{message} (Commands do not write to the service's log.)", err=True)
 
 
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True))
+@click.argument("file", type=click.Path(path_type=Path, readable=False, allow_dash=True))
 @storage_errors()
 def backup_command(file: Path) -> None:
     """Back up the database to FILE, or for - to standard output."""
@@ -210,7 +210,7 @@ def backup_command(file: Path) -> None:
     click.echo(f"Backed up {database_file.path} to {file}.", err=True)
 
 
-@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
+@click.argument("file", type=click.Path(path_type=Path, readable=False, allow_dash=True))
 def restore_command(file: Path) -> None:
     """Replace the database with the backup FILE, or for - with standard input."""
     database_file = _require_sqlite_file(file)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import pytest
@@ -27,7 +28,7 @@ from conftest import (
 )
 from flask import Flask
 from flask.testing import FlaskCliRunner
-from processes import ROOT
+from processes import ROOT, without_privileges
 
 from models import ProviderConfig
 
@@ -142,6 +143,19 @@ def test_backup_replaces_an_older_one_or_an_empty_file(
     with closing(sqlite3.connect(backup)) as database:
         assert database.execute("SELECT provider FROM provider_config").fetchall() == [("second",)]
     assert [*tmp_path.glob("tmp*")] == []
+
+
+def test_backup_of_another_user_names_its_owner(runner: FlaskCliRunner) -> None:
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        backup = Path(folder, "backup")
+        backup.touch(0)
+        with without_privileges():
+            result = runner.invoke(args=["backup", str(backup)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(
+        f"Error: {backup}: Permission denied. {backup} belongs to user {os.geteuid()}, mode 0;"
+    )
 
 
 def test_backup_that_fails_leaves_the_older_one(
