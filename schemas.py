@@ -100,13 +100,15 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     if "FLASK_RUN_FROM_CLI" in os.environ:
         for name in (".flaskenv", ".env"):
             other |= dotenv_values(find_dotenv(name, usecwd=True))
-    path, names = root / ".env", SettingsSchema().fields
+    path, names, settings = root / ".env", SettingsSchema().fields, {}
     with suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
         for line in parse_stream(file):
             if line.error or (line.key and (line.value is None or line.key not in names)):
                 row = line.original.line + line.original.string.rstrip().count("\n")
                 raise ValidationError({f"{path}:{row}": ["Must be a setting as in .env.example."]})
-    return dotenv_values(path, interpolate=False) | dict(os.environ.items() - other.items())
+            if line.key:
+                settings[line.key] = line.value
+    return settings | dict(os.environ.items() - other.items())
 
 
 def _validate_allowed(value: str) -> None:

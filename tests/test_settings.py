@@ -310,9 +310,17 @@ def file_of_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_setting_is_read_from_the_file_as_it_stands(file_of_settings: Path) -> None:
-    file_of_settings.write_text("LOG_LEVEL=ERROR\nAI_PROVIDERS=a${b}c\n")
+    file_of_settings.write_text("# Settings\n\nLOG_LEVEL=ERROR\nAI_PROVIDERS=a${b}c\n")
     app = create_app()
     assert (app.config["LOG_LEVEL"], app.config["AI_PROVIDERS"]) == ("ERROR", ["a${b}c"])
+
+
+def test_file_of_settings_is_not_taken_for_missing(
+    file_of_settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_of_settings.write_text("LOG_LEVEL=ERROR\n")
+    monkeypatch.setattr("os.path.isfile", lambda _: False)  # which is how it tells of any fault
+    assert create_app().config["LOG_LEVEL"] == "ERROR"
 
 
 @pytest.mark.parametrize(
