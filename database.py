@@ -93,7 +93,7 @@ class DatabaseFile:
         if self._opened and self._state() == self._opened and not self._opens_anew:
             return self.connection
         if not self.path.is_file() or not self.path.stat().st_size:
-            raise StorageError(f"DATABASE_URL: no database {self.path}. See Back up in README.")
+            raise StorageError(f"DATABASE_URL: no database in {self.path}. See Back up in README.")
         with self.alone():
             is_saved = self._opened and self._close()
             self._wal, self._shm = (Path(f"{self.path.resolve()}{end}") for end in ("-wal", "-shm"))
