@@ -90,7 +90,7 @@ class DatabaseFile:
 
     def connect(self) -> sqlite3.Connection:
         """Return the connection to the files that have the names now."""
-        if self._opened and self._state() == self._opened and not self._opens_anew:
+        if self._opened and self._state() == self._opened:
             return self.connection
         if not self.path.is_file() or not self.path.stat().st_size:
             raise StorageError(f"DATABASE_URL: no database in {self.path}. See Back up in README.")
@@ -99,12 +99,12 @@ class DatabaseFile:
             self._wal, self._shm = (Path(f"{self.path.resolve()}{end}") for end in ("-wal", "-shm"))
             inode, kept = self.path.stat().st_ino, [] if is_saved else self._require_wal()
             try:
-                self._open(inode)
+                can_write = self._open(inode)
                 present = self._state()
                 # Otherwise one connection may have a removed or replaced file, the other a new one.
                 if [inode, *kept] == present[1:]:
-                    # 0 for what was removed meanwhile: no later look returns that.
-                    self._opened = [*present, 0, 0][:4]
+                    # 0 for what was removed meanwhile, or can only be read: no look returns that.
+                    self._opened = [*present, 0, 0][:4] if can_write else [0]
                     return self.connection
             finally:
                 # What was made in the place of a removed file would be taken for that of others.
@@ -197,7 +197,7 @@ class DatabaseFile:
         self._opened[:1] = self._state()[:1] or self._opened[:1]
         return fault
 
-    def _open(self, inode: int) -> None:
+    def _open(self, inode: int) -> bool:
         if not self._wal.exists():
             with closing(self._connect("rw")) as writer:  # only a writer rolls a journal back
                 writer.executescript("PRAGMA journal_mode = WAL")
@@ -208,14 +208,13 @@ class DatabaseFile:
         # To read, first: the last to close would write the -wal even into a damaged database.
         self._reader.executescript("PRAGMA user_version")
         self.connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
-        self._opens_anew: bool = False
         try:
             self.connection.executescript("BEGIN IMMEDIATE; PRAGMA user_version = 0")
-        except sqlite3.OperationalError as error:  # SQLite falls back to reading
-            writable = [os.access(path, os.W_OK) for path in (self.path, self._wal, self._shm)]
-            self._opens_anew = "readonly" in str(error) and all(writable)
+        except sqlite3.OperationalError as error:
+            return "readonly" not in str(error)  # SQLite falls back to reading
         finally:
             self.connection.rollback()
+        return True
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?mode={mode}"
