@@ -188,8 +188,8 @@ def test_waiting_writes_do_not_keep_reads_out(
         answers = [pool.submit(server.put, OTHER, credential) for _ in range(20)]
         assert server.request("GET", "/health").status == 200
         assert server.get(credential).status == 200
+        assert time.monotonic() - started < 5  # many waits, one after the other, take longer
         assert {answer.result().status for answer in answers} == {500}
-        assert time.monotonic() - started < 10  # 20 waits of one second, one after the other
 
 
 @on_both
