@@ -33,7 +33,7 @@ class KeyFile:
         path: Path = current_app.config["ENCRYPTION_KEY_FILE"]
         try:
             state = path.stat()
-            version = (state.st_dev, state.st_ino, state.st_ctime_ns)
+            version = (state.st_dev, state.st_ino, state.st_size, state.st_ctime_ns)
             if version != self.version:
                 if not path.is_file():  # a FIFO would block
                     raise StorageError(f"ENCRYPTION_KEY_FILE must name a regular file, not {path}.")
