@@ -215,6 +215,14 @@ def test_locked_database_is_an_error_after_a_bounded_wait(
     assert any(f"ERROR Database error: {cause}. {REMEDY}" in log for cause in causes)
 
 
+@on_both
+def test_service_starts_while_the_database_is_locked(
+    start_server: StartServer, credential: str, database_url: str
+) -> None:
+    with locked(database_url):
+        assert start_server().get(credential).status == 404
+
+
 def test_lock_of_long_ago_takes_no_patience_away(
     app: Flask, client: FlaskClient, auth_headers: dict[str, str], database_url: str
 ) -> None:

@@ -69,10 +69,10 @@ def test_rotation_keeps_the_mode_of_the_key_file_and_leaves_no_other(
 
 
 def test_rotation_keeps_the_owner_of_the_key_file(runner: FlaskCliRunner, key_file: Path) -> None:
-    owner = 65534 if os.geteuid() == 0 else os.geteuid()
-    os.chown(key_file, owner, -1)
+    owner, group = (65534, 65533) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    os.chown(key_file, owner, group)
     assert runner.invoke(args=["provider", "rotate-key"]).exit_code == 0
-    assert key_file.stat().st_uid == owner
+    assert (key_file.stat().st_uid, key_file.stat().st_gid) == (owner, group)
 
 
 def test_rotation_before_the_first_put_adds_a_key(runner: FlaskCliRunner, key_file: Path) -> None:
@@ -221,11 +221,19 @@ def test_rotation_of_a_garbled_key_file_changes_nothing(
     assert key_file.read_bytes() == b"garbled"
 
 
-def test_rotation_is_on_disk_with_its_folder(app: Flask, key_file: Path, synced: list[str]) -> None:
+def test_rotation_is_on_disk_with_its_folder(
+    app: Flask, key_file: Path, synced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace_and_note(path: Path, target: Path) -> None:
+        replace(path, target)
+        synced.append("replaced")
+
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", replace_and_note)
     with app.app_context():
         KeyFile().add_key()
     folder = key_file.parent.name
-    assert synced == ["encryption.key", folder, "encryption.key.new", folder]
+    assert synced == ["encryption.key", folder, "encryption.key.new", "replaced", folder]
 
 
 def test_key_is_on_disk_before_anything_is_encrypted_with_it(
@@ -244,6 +252,43 @@ def test_key_is_on_disk_before_anything_is_encrypted_with_it(
     with app.app_context():
         ProviderConfig.put(**CONFIG, updated_by="author")
     assert before == ["encryption.key", key_file.parent.name]
+
+
+def test_keys_are_synced_once_and_where_a_link_leads(
+    app: Flask, key_file: Path, synced: list[str]
+) -> None:
+    link = key_file.with_name("links") / "link"
+    link.parent.mkdir()
+    link.symlink_to(key_file)
+    app.config["ENCRYPTION_KEY_FILE"] = link
+    keys = KeyFile()
+    with app.app_context():
+        for _ in range(2):
+            keys.read()
+    assert synced == ["encryption.key", key_file.parent.name]
+
+
+def test_rotation_leaves_no_file_open(app: Flask) -> None:
+    before = {*Path("/proc/self/fd").iterdir()}
+    with app.app_context():
+        KeyFile().add_key()
+    assert {*Path("/proc/self/fd").iterdir()} == before
+
+
+def test_copy_of_the_keys_is_at_no_time_open_to_others(
+    app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+    chmod = Path.chmod
+
+    def look_and_chmod(path: Path, mode: int) -> None:
+        modes.append(path.stat().st_mode)
+        chmod(path, mode)
+
+    monkeypatch.setattr(Path, "chmod", look_and_chmod)
+    with app.app_context():
+        KeyFile().add_key()
+    assert modes == [0o100600, 0o100600]
 
 
 def test_rotation_that_is_not_on_disk_is_an_error(
@@ -287,6 +332,24 @@ def test_copy_of_the_keys_that_a_killed_rotation_left_is_removed_by_a_start(
     leftover.write_bytes(key_file.read_bytes())
     start_server()
     assert not leftover.exists()
+
+
+@on_both
+def test_start_beside_a_rotation_leaves_its_copy_of_the_keys_to_it(
+    app: Flask, key_file: Path, database_url: str
+) -> None:
+    def inspect() -> None:
+        with app.app_context():
+            KeyFile().inspect()
+
+    leftover = key_file.with_name("encryption.key.new")
+    leftover.touch()
+    with ThreadPoolExecutor() as pool:
+        with locked(database_url):
+            inspection = pool.submit(inspect)
+            wait([inspection], timeout=0.3)
+            leftover.replace(key_file.with_name("renamed"))
+        inspection.result()
 
 
 EVERY = 1 if settings.get_current_profile_name() == "long" else 5

@@ -27,6 +27,7 @@ from conftest import (
     flask,
     on_both,
 )
+from cryptography.fernet import Fernet
 from flask import Flask
 from flask.testing import FlaskClient
 
@@ -177,6 +178,21 @@ def test_key_file_is_generated_over_no_other(app: Flask, key_file: Path) -> None
         encryption.key_file.create()
     assert key_file.read_bytes() == before
     assert [*key_file.parent.glob("encryption*")] == [key_file]
+
+
+def test_key_file_that_is_put_back_meanwhile_is_not_replaced(
+    app: Flask, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put_back_and_generate() -> bytes:
+        key_file.with_name("away").rename(key_file)
+        return OTHER_ENCRYPTION_KEY
+
+    before = key_file.read_bytes()
+    key_file.rename(key_file.with_name("away"))
+    monkeypatch.setattr(Fernet, "generate_key", put_back_and_generate)
+    with app.app_context(), pytest.raises(StorageError, match="File exists"):
+        encryption.key_file.create()
+    assert key_file.read_bytes() == before
 
 
 @on_both
