@@ -177,15 +177,17 @@ def test_key_file_of_another_kind_is_one_clear_line(
     assert os.path.lexists(key_file)
 
 
-def test_key_file_that_becomes_a_fifo_does_not_block_the_service(
-    server: Server, credential: str, key_file: Path
+@pytest.mark.parametrize("make", KINDS, ids=["loop", "FIFO", "folder"])
+def test_key_file_that_becomes_another_kind_is_an_error_until_it_returns(
+    server: Server, credential: str, key_file: Path, make: Callable[[Path], object]
 ) -> None:
     server.put(CONFIG, credential)
     key_file.rename(key_file.with_name("away"))
-    os.mkfifo(key_file)
+    make(key_file)
     answer = server.get(credential)
     assert (answer.status, answer.body) == (500, INTERNAL_ERROR)
-    key_file.with_name("away").replace(key_file)
+    key_file.rmdir() if key_file.is_dir() else key_file.unlink()
+    key_file.with_name("away").rename(key_file)
     assert server.get(credential).status == 200
 
 
