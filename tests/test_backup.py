@@ -129,7 +129,13 @@ def emptied(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("change", [emptied, Path.touch])
+def numbered(path: Path) -> None:
+    """Put a line feed into its header."""
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA user_version = 10")
+
+
+@pytest.mark.parametrize("change", [emptied, Path.touch, numbered])
 def test_backup_replaces_an_older_one_or_an_empty_file(
     app: Flask,
     runner: FlaskCliRunner,
@@ -419,7 +425,11 @@ def make_other_database(path: Path) -> None:
         database.execute("CREATE TABLE note (text)")
 
 
-@pytest.mark.parametrize("change", [Path.touch, make_pipe, make_other_database])
+def make_note(path: Path) -> None:
+    path.write_text("SELECT * FROM provider_config")
+
+
+@pytest.mark.parametrize("change", [Path.touch, make_pipe, make_other_database, make_note])
 def test_what_is_no_backup_is_not_replaced_by_one(
     app: Flask, runner: FlaskCliRunner, key_file: Path, change: Callable[[Path], object]
 ) -> None:
