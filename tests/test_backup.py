@@ -85,7 +85,8 @@ def test_backup_goes_through_pipes(
     app: Flask, runner: FlaskCliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("-").write_bytes(b"another file")
+    for name in ("-", "--wal"):
+        Path(name).write_bytes(b"another file")
     put(app, "first")
     with Path("backup").open("wb") as stdout:
         assert back_up_to(stdout) == (0, f"Backed up {tmp_path}/ai-provider.db to -.\n")
@@ -347,6 +348,14 @@ def test_backup_goes_where_a_link_leads(app: Flask, runner: FlaskCliRunner, tmp_
         assert runner.invoke(args=["backup", str(tmp_path / "link")]).exit_code == 0
     assert (tmp_path / "link").is_symlink()
     assert [*(tmp_path / "other").iterdir()] == [tmp_path / "other" / "backup"]
+
+
+def test_name_of_a_backup_is_on_disk(
+    runner: FlaskCliRunner, tmp_path: Path, synced: list[str]
+) -> None:
+    (tmp_path / "other").mkdir()
+    assert runner.invoke(args=["backup", str(tmp_path / "other" / "backup")]).exit_code == 0
+    assert synced == ["other"]
 
 
 @pytest.mark.usefixtures("app")

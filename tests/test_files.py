@@ -680,6 +680,18 @@ def test_lock_of_another_program_is_an_error_after_a_bounded_wait(
         assert ProviderConfig.get() is None
 
 
+def test_folder_where_a_link_leads_is_locked(tmp_path: Path) -> None:
+    link = tmp_path / "links" / "link.db"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "ai-provider.db")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    refusal = pytest.raises(StorageError, match="Another program locks the folder")
+    with refusal, DatabaseFile(link).alone(tries=1):
+        pass
+    os.close(folder)
+
+
 def test_save_beside_another_process_that_opens_or_closes_waits(app: Flask, tmp_path: Path) -> None:
     with app.app_context():
         ProviderConfig.put("openai", "key", "author")
@@ -729,6 +741,7 @@ def test_stop_writes_changes_into_a_database_that_another_process_has_open(
     server.put(CONFIG, credential)
     server.stop()
     assert b"openai" in (tmp_path / "ai-provider.db").read_bytes()
+    assert (tmp_path / "ai-provider.db-wal").read_bytes() == b""
 
 
 @on_both
@@ -743,13 +756,20 @@ def test_removed_files_are_soon_there_again(app: Flask, tmp_path: Path) -> None:
     assert flask("provider", "show")[0] == 0
 
 
+def replaced_by_a_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("fault", [removed, replaced_by_a_loop])
 def test_maintenance_does_not_end_a_service_without_its_database(
-    app: Flask, tmp_path: Path
+    app: Flask, tmp_path: Path, fault: Fault
 ) -> None:
-    (tmp_path / "ai-provider.db").unlink()
+    fault(tmp_path / "ai-provider.db")
     [server] = create_servers(app, {})
     with closing(server):
         server.maintenance(0)
+    (tmp_path / "ai-provider.db").unlink(missing_ok=True)
 
 
 def test_own_checkpoint_reopens_nothing(app: Flask) -> None:
@@ -1056,7 +1076,7 @@ def test_connection_that_can_only_read_is_not_kept(
 def test_replaced_files_are_closed(server: Server, credential: str, tmp_path: Path) -> None:
     def descriptors() -> int:
         links = map(os.path.realpath, Path(f"/proc/{server.process.pid}/fd").iterdir())
-        return len([link for link in links if "ai-provider.db" in link])
+        return len([link for link in links if str(tmp_path) in link])
 
     server.put(CONFIG, credential)
     before = descriptors()
@@ -1093,6 +1113,22 @@ def test_no_database_in_the_place_of_the_database_takes_no_change(
     assert server.get(credential).body == before
     server.stop(signal.SIGKILL)
     assert start_server().get(credential).body == before
+
+
+def test_other_file_beside_the_wal_of_a_killed_service_is_left_alone(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    database = tmp_path / "ai-provider.db"
+    server = start_server()
+    large = {"provider": "openai", "api_key": "x" * 4096}  # so that the -wal has the first page
+    server.put(large, credential)
+    server.stop(signal.SIGKILL)
+    replaced_by_garbage(database)
+    refusal = f"Error: DATABASE_URL: {database} is unusable. See Back up in README.\n"
+    assert flask("provider", "show") == (1, "", refusal)
+    assert database.read_bytes() == b"garbage" * 2000
+    undo(database)
+    assert start_server().get(credential).body["data"]["provider"] == "openai"
 
 
 def test_database_that_cannot_be_opened_is_closed(app: Flask, tmp_path: Path) -> None:
