@@ -243,8 +243,8 @@ def _require_sqlite_file(other: Path) -> DatabaseFile:
     database_file: DatabaseFile | None = current_app.extensions.get("database_file")
     if not database_file:
         raise click.ClickException("Use pg_dump and pg_restore for a PostgreSQL database.")
-    own = re.escape(os.path.realpath(database_file.path)) + "(-wal|-shm|-journal)?"
-    if re.fullmatch(own, os.path.realpath(other)):
+    own = os.path.realpath(database_file.path)
+    if os.path.realpath(other) in {own + end for end in ("", "-wal", "-shm", "-journal")}:
         raise click.ClickException(f"{other} belongs to the database. Name another file.")
     return database_file
 
