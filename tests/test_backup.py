@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -22,6 +23,7 @@ from conftest import (
     close_database,
     file_size_limit,
     flask,
+    issue_credential,
     locked,
     reported,
     stored,
@@ -50,8 +52,9 @@ def restored_alone(tmp_path: Path, file: object) -> str:
 
 @pytest.fixture
 def backup(app: Flask, runner: FlaskCliRunner, tmp_path: Path) -> Path:
-    """Back up a database in which the first provider is set."""
+    """Back up a database in which the first provider and a credential are set."""
     put(app, "first")
+    issue_credential(app)
     runner.invoke(args=["backup", str(tmp_path / "backup")])
     return tmp_path / "backup"
 
@@ -149,7 +152,7 @@ def test_backup_replaces_an_older_one_or_an_empty_file(
     assert runner.invoke(args=["backup", str(backup)]).exit_code == 0
     with closing(sqlite3.connect(backup)) as database:
         assert database.execute("SELECT provider FROM provider_config").fetchall() == [("second",)]
-    assert [*tmp_path.glob("tmp*")] == []
+    assert [*tmp_path.glob("backup?*")] == []
 
 
 def test_backup_of_another_user_names_its_owner(runner: FlaskCliRunner) -> None:
@@ -172,7 +175,7 @@ def test_backup_that_fails_leaves_the_older_one(
     (tmp_path / "ai-provider.db").write_bytes(b"garbage" * 2000)
     result = runner.invoke(args=["backup", str(backup)])
     assert (result.exit_code, backup.read_bytes()) == (1, older)
-    assert [*tmp_path.glob("tmp*")] == []
+    assert [*tmp_path.glob("backup?*")] == []
 
 
 @pytest.mark.parametrize(
@@ -202,6 +205,12 @@ def overwritten(path: Path) -> None:
     path.write_bytes(content[:4096] + b"x" * 4096 + content[8192:])
 
 
+def with_another_key_in_the_index(path: Path) -> None:
+    content = path.read_bytes()
+    [key, *_] = re.findall(rb"[0-9a-f]{32}", content)
+    path.write_bytes(content.replace(key, key[::-1], 1))
+
+
 def without_a_table(path: Path) -> None:
     with closing(sqlite3.connect(path)) as database:
         database.execute("DROP TABLE credential")
@@ -214,7 +223,16 @@ def of_another_service(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [emptied, garbled, cut, overwritten, without_a_table, of_another_service]
+    "damage",
+    [
+        emptied,
+        garbled,
+        cut,
+        overwritten,
+        with_another_key_in_the_index,
+        without_a_table,
+        of_another_service,
+    ],
 )
 def test_damaged_backup_changes_nothing(
     app: Flask, runner: FlaskCliRunner, backup: Path, damage: object
@@ -252,6 +270,18 @@ def test_database_is_not_its_own_backup(
     result = runner.invoke(args=[command, str(link)])
     refusal = f"Error: {link} belongs to the database. Name another file.\n"
     assert (result.exit_code, result.stderr) == (1, refusal)
+
+
+@pytest.mark.parametrize("command", ["backup", "restore"])
+def test_database_that_a_link_leads_to_is_not_its_own_backup(
+    app: Flask, tmp_path: Path, command: str
+) -> None:
+    put(app, "first")
+    database, link = tmp_path / "ai-provider.db", tmp_path / "link.db"
+    link.symlink_to(database)
+    refusal = f"Error: {database} belongs to the database. Name another file.\n"
+    result = flask(command, str(database), DATABASE_URL=f"sqlite:///{link}")
+    assert result == (1, "", refusal)
 
 
 def damage_page(path: Path) -> None:

@@ -29,6 +29,7 @@ from conftest import (
     close_database,
     file_size_limit,
     flask,
+    locked,
     on_both,
     rounds,
     stored,
@@ -704,6 +705,22 @@ def test_save_beside_another_process_that_opens_or_closes_waits(app: Flask, tmp_
     assert b"openai" in (tmp_path / "ai-provider.db").read_bytes()
 
 
+def test_save_waits_only_shortly_for_others(app: Flask) -> None:
+    with app.app_context():
+        ProviderConfig.put("openai", "key", "author")
+    app.extensions["database_file"].save()
+    connection = app.extensions["database_file"].connection
+    assert connection.execute("PRAGMA busy_timeout").fetchone() == (100,)
+
+
+def test_stop_leaves_no_file_beside_the_database(
+    server: Server, credential: str, tmp_path: Path, key_file: Path
+) -> None:
+    server.put(CONFIG, credential)
+    server.stop()
+    assert {*tmp_path.iterdir()} == {tmp_path / "ai-provider.db", key_file}
+
+
 def test_database_is_locked_until_it_is_closed(
     app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1027,6 +1044,19 @@ def test_removed_wal_is_saved_once_another_process_lets_it(
     assert server.get(credential).body["data"]["provider"] == "other"
 
 
+def test_removed_wal_is_saved_once_another_process_has_saved_its_own(
+    server: Server, credential: str, tmp_path: Path
+) -> None:
+    server.put(CONFIG, credential)
+    with (tmp_path / "ai-provider.db-shm").open("r+b") as shm:
+        fcntl.lockf(shm, fcntl.LOCK_EX, 1, 121)  # WAL_CKPT_LOCK of SQLite
+        server.put(OTHER, credential)
+        (tmp_path / "ai-provider.db-wal").unlink()
+        answer = server.get(credential)
+        assert (answer.status, answer.body) == (500, INTERNAL_ERROR)
+    assert server.get(credential).body["data"]["provider"] == "other"
+
+
 @pytest.mark.parametrize("suffix", ["-wal", "-shm"])
 def test_removed_file_of_a_transaction_in_work_is_left_to_it(
     start_server: StartServer, app: Flask, credential: str, tmp_path: Path, suffix: str
@@ -1071,6 +1101,17 @@ def test_connection_that_can_only_read_is_not_kept(
     with app.app_context():
         ProviderConfig.put(**OTHER, updated_by="author")
     assert server.get(credential).body["data"]["provider"] == "other"
+
+
+def test_connection_that_is_opened_while_another_process_writes_is_kept(
+    app: Flask, database_url: str
+) -> None:
+    close_database(app)
+    database_file = app.extensions["database_file"]
+    with locked(database_url):
+        connection = database_file.connect()
+        assert database_file.connect() is connection
+    assert connection.execute("PRAGMA busy_timeout").fetchone() == (100,)
 
 
 def test_replaced_files_are_closed(server: Server, credential: str, tmp_path: Path) -> None:

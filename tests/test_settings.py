@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -215,6 +216,14 @@ def test_missing_driver_for_postgresql_is_one_clear_line(monkeypatch: pytest.Mon
     message = "Error: PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'\n"
     list_command = ("psycopg", "credentials", "list")
     assert run(execute_command_without, *list_command) == (1, "", message)
+
+
+def test_postgresql_that_does_not_answer_is_an_error_after_a_bounded_wait() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://127.0.0.1:{silent.getsockname()[1]}/db"
+        status, output, log = flask("provider", "show", DATABASE_URL=url)
+    assert (status, output) == (1, "")
+    assert log.startswith("Error: Database error: connection timeout expired. ")
 
 
 def test_log_level_hides_what_is_below_it() -> None:

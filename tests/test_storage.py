@@ -24,7 +24,9 @@ from conftest import (
     StartServer,
     close_database,
     create_credential,
+    file_size_limit,
     flask,
+    locked,
     on_both,
 )
 from cryptography.fernet import Fernet
@@ -180,6 +182,16 @@ def test_key_file_is_generated_over_no_other(app: Flask, key_file: Path) -> None
     assert [*key_file.parent.glob("encryption*")] == [key_file]
 
 
+@on_both
+def test_one_process_at_a_time_generates_the_key_file(
+    app: Flask, key_file: Path, database_url: str
+) -> None:
+    key_file.unlink()
+    with locked(database_url), app.app_context(), pytest.raises(StorageError, match="lock"):
+        create_missing()
+    assert not key_file.exists()
+
+
 def test_key_file_that_is_put_back_meanwhile_is_not_replaced(
     app: Flask, key_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,9 +332,13 @@ def test_creation_that_fails_leaves_no_database(
         patch.setattr(os, "link", fail)
         with pytest.raises(StorageError, match="No space left on device"):
             start_app()
-    assert not (tmp_path / "ai-provider.db").exists()
+    assert [*tmp_path.iterdir()] == []
     start_app()
-    assert [*tmp_path.glob("*.new*")] == []
+
+
+def test_full_disk_keeps_no_service_from_its_start(app: Flask) -> None:
+    with file_size_limit(0), app.app_context():
+        create_missing()
 
 
 def test_created_files_are_logged_once(start_server: StartServer, key_file: Path) -> None:
