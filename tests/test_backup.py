@@ -458,6 +458,11 @@ def make_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def make_other_database(path: Path) -> None:
     path.unlink()
     with closing(sqlite3.connect(path)) as database:
@@ -468,7 +473,9 @@ def make_note(path: Path) -> None:
     path.write_text("SELECT * FROM provider_config")
 
 
-@pytest.mark.parametrize("change", [Path.touch, make_pipe, make_other_database, make_note])
+@pytest.mark.parametrize(
+    "change", [Path.touch, make_pipe, make_folder, make_other_database, make_note]
+)
 def test_what_is_no_backup_is_not_replaced_by_one(
     app: Flask, runner: FlaskCliRunner, key_file: Path, change: Callable[[Path], object]
 ) -> None:
