@@ -96,7 +96,8 @@ class DatabaseFile:
             raise StorageError(f"DATABASE_URL: no database in {self.path}. See Back up in README.")
         with self.alone():
             is_saved = self._opened and self._close()
-            self._wal, self._shm = (Path(f"{self.path.resolve()}{end}") for end in ("-wal", "-shm"))
+            self._target = self.path.resolve()
+            self._wal, self._shm = (Path(f"{self._target}{end}") for end in ("-wal", "-shm"))
             inode, kept = self.path.stat().st_ino, [] if is_saved else self._require_wal()
             try:
                 can_write = self._open(inode)
@@ -226,8 +227,9 @@ class DatabaseFile:
         with suppress(FileNotFoundError, NotADirectoryError):
             database = self.path.stat()
             state += [database.st_mtime_ns, database.st_ino]
-            state.append(self._wal.lstat().st_ino)
-            state.append(self._shm.lstat().st_ino)
+            if not self._target.is_symlink():  # which would have its -wal elsewhere
+                state.append(self._wal.lstat().st_ino)
+                state.append(self._shm.lstat().st_ino)
         return state
 
 
@@ -241,8 +243,7 @@ def execute(statement: sa.ReturnsRows, **parameters: object) -> list[Any]:
     """Return the rows of a statement; raise StorageError."""
     sql, defaults, row_type = _compile_statement(statement, db.engine.dialect)
     with storage_errors(), lock:
-        # By the driver itself: execution by SQLAlchemy costs as much as all the rest. It applies
-        # no default of a column: what an INSERT does not name is NULL.
+        # Not by SQLAlchemy, which costs as much as all the rest; so no column's default applies.
         rows = _connection().execute(sql, defaults | parameters)
         return [*map(row_type._make, rows)] if row_type._fields else []
 

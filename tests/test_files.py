@@ -69,7 +69,19 @@ def replaced_by_a_copy(path: Path) -> None:
     copy.replace(path)
 
 
-FAULTS = [removed, moved_away, replaced_by_a_folder, replaced_by_garbage, replaced_by_a_copy]
+def replaced_by_a_link(path: Path) -> None:
+    path.rename(path.with_name("away"))
+    path.symlink_to(path.with_name("away"))
+
+
+FAULTS = [
+    removed,
+    moved_away,
+    replaced_by_a_folder,
+    replaced_by_garbage,
+    replaced_by_a_copy,
+    replaced_by_a_link,
+]
 
 
 def undo(path: Path) -> None:
