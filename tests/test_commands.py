@@ -1,8 +1,20 @@
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import API_KEY, CONFIG, KEY_REMEDY, OTHER_ENCRYPTION_KEY, URL, on_both, reported
+from conftest import (
+    API_KEY,
+    CONFIG,
+    KEY_REMEDY,
+    OTHER_ENCRYPTION_KEY,
+    URL,
+    flask,
+    issue_credential,
+    on_both,
+    reported,
+)
+from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
 
 from app import create_app
@@ -35,6 +47,18 @@ def test_list_is_a_table_without_secrets(runner: FlaskCliRunner, client: FlaskCl
     )
 
 
+@on_both
+def test_list_begins_with_the_oldest(
+    app: Flask, runner: FlaskCliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = ["2026-01-02T00:00:00Z", "2026-01-01T00:00:00Z"]
+    for time in times:
+        monkeypatch.setattr("models.utc_now", partial(str, time))
+        issue_credential(app)
+    lines = runner.invoke(args=["credentials", "list"]).stdout.splitlines()
+    assert [line.split()[1] for line in lines[1:]] == sorted(times)
+
+
 @pytest.mark.parametrize("name", ["a\udcff", "a\nb", "a" * 61])
 def test_name_that_would_spoil_the_list_is_refused(runner: FlaskCliRunner, name: str) -> None:
     result = runner.invoke(args=["credentials", "create", "--name", name])
@@ -47,14 +71,10 @@ def test_name_that_would_spoil_the_list_is_refused(runner: FlaskCliRunner, name:
 
 @on_both
 def test_revoke_ends_a_credential(
-    runner: FlaskCliRunner, credential: str, client: FlaskClient, auth_headers: dict[str, str]
+    credential: str, client: FlaskClient, auth_headers: dict[str, str]
 ) -> None:
-    result = runner.invoke(args=["credentials", "revoke", credential[:32]])
-    assert (result.exit_code, result.stdout, result.stderr) == (
-        0,
-        "",
-        reported(f"Revoked {credential[:32]}."),
-    )
+    result = flask("credentials", "revoke", credential[:32])
+    assert result == (0, "", reported(f"Revoked {credential[:32]}."))
     assert client.get(URL, headers=auth_headers).status_code == 401
 
 

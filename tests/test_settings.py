@@ -356,6 +356,14 @@ def test_malformed_file_of_settings_is_refused(
     assert raised.value.message == f"{file_of_settings}{message}"
 
 
+def test_file_of_settings_is_not_read_if_flask_is_to_skip_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text("LOG_LEVEL=ERROR\n")
+    monkeypatch.setattr("app.ROOT", tmp_path)
+    assert create_app().config["LOG_LEVEL"] == "INFO"
+
+
 def test_file_of_another_application_does_not_concern_the_service(
     file_of_settings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
