@@ -336,6 +336,21 @@ def test_creation_that_fails_leaves_no_database(
     start_app()
 
 
+def test_database_that_another_process_creates_meanwhile_is_kept(
+    start_app: StartApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def link_second(source: str, target: Path) -> None:
+        if target.name == "ai-provider.db":
+            link(source, target)
+        link(source, target)
+
+    link = os.link
+    monkeypatch.setattr(os, "link", link_second)
+    app = start_app()
+    assert "Created database" not in caplog.text
+    assert app.test_client().get("/health").status_code == 200
+
+
 def test_full_disk_keeps_no_service_from_its_start(app: Flask) -> None:
     with file_size_limit(0), app.app_context():
         create_missing()
