@@ -223,6 +223,15 @@ def test_service_starts_while_the_database_is_locked(
         assert start_server().get(credential).status == 404
 
 
+def test_record_of_the_last_use_waits_for_nobody(
+    app: Flask, client: FlaskClient, auth_headers: dict[str, str], database_url: str
+) -> None:
+    with locked(database_url):
+        assert client.get(URL, headers=auth_headers).status_code == 404
+    connection = app.extensions["database_file"].connection
+    assert connection.execute("PRAGMA busy_timeout").fetchone() == (10,)
+
+
 def test_lock_of_long_ago_takes_no_patience_away(
     app: Flask, client: FlaskClient, auth_headers: dict[str, str], database_url: str
 ) -> None:
