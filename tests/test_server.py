@@ -466,9 +466,19 @@ def test_client_that_goes_away_leaves_no_traceback(
 
 
 def test_idle_connections_have_a_limit_in_time(app: Flask) -> None:
-    (server,) = create_servers(app, {})
-    server.close()
+    sockets: dict[int, Any] = {}
+    (server,) = create_servers(app, sockets)
     assert (server.adj.channel_timeout, server.adj.cleanup_interval) == (10, 1)
+    address: Any = server.getsockname()
+    with socket.create_connection(address, timeout=30) as connection:
+        wasyncore.loop(1, map=sockets, count=1)
+        (channel,) = vars(server)["active_channels"].values()
+        for age in (9, 11):
+            assert not channel.will_close
+            server.maintenance(int(channel.last_activity) + age)
+        wasyncore.loop(1, map=sockets, count=1)
+        assert connection.recv(1) == b""
+    wasyncore.close_all(sockets)
 
 
 @on_both
