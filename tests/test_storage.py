@@ -351,6 +351,11 @@ def test_database_that_another_process_creates_meanwhile_is_kept(
     assert app.test_client().get("/health").status_code == 200
 
 
+def test_name_of_the_database_may_have_what_is_special_in_a_uri(tmp_path: Path) -> None:
+    assert flask("credentials", "create", DATABASE_URL=f"sqlite:///{tmp_path}/a#b.db")[0] == 0
+    assert (tmp_path / "a#b.db").exists()
+
+
 def test_full_disk_keeps_no_service_from_its_start(app: Flask) -> None:
     with file_size_limit(0), app.app_context():
         create_missing()
