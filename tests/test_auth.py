@@ -40,6 +40,7 @@ BAD_HEADERS = {
     "empty": "",
     "scheme only": "Basic",
     "unknown scheme": f"Bearer {KEY}:{SECRET}",
+    "token after a tab": f"token \t{KEY}:{SECRET}",
     "token glued": f"token{KEY}:{SECRET}",
     "bad base64": "Basic !!!!",
     "garbage in base64": f"Basic *{encoded(f'{KEY}:{SECRET}'.encode())}",
@@ -59,9 +60,13 @@ BAD_HEADERS = {
 
 
 @pytest.mark.parametrize("header", BAD_HEADERS.values(), ids=BAD_HEADERS)
-def test_malformed_header_is_rejected(client: FlaskClient, header: str) -> None:
+def test_malformed_header_is_rejected_and_names_no_key(
+    client: FlaskClient, caplog: pytest.LogCaptureFixture, header: str
+) -> None:
     answer = client.put(URL, json=CONFIG, headers={"Authorization": header})
     assert (answer.status_code, answer.json) == (401, UNAUTHORIZED)
+    answer.close()
+    assert caplog.messages[0].endswith(" ms - 127.0.0.1")
 
 
 @on_both
