@@ -89,6 +89,15 @@ def test_doubled_slash_makes_another_path(running: Running, path: str) -> None:
     assert (answer.status, answer.body) == (404, NOT_FOUND)
 
 
+def test_doubled_slash_of_a_query_makes_no_other_path(running: Running) -> None:
+    assert running.server.request("GET", "/health?next=http://x//y").status == 200
+
+
+def test_options_of_an_unknown_path_is_404(client: FlaskClient) -> None:
+    answer = client.options("/nowhere")
+    assert (answer.status_code, answer.json) == (404, NOT_FOUND)
+
+
 @pytest.mark.parametrize("method", ["POST", "PATCH", "TRACE", "BREW"])
 def test_wrong_method_is_405_with_allow(client: FlaskClient, method: str) -> None:
     answer = client.open(URL, method=method)
