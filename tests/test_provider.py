@@ -104,6 +104,7 @@ BAD_FIELDS = [
     for name, value, messages in [
         ("empty", "", [ASCII]),
         ("too long", "SECRET" * 683, [LENGTHS[field]]),
+        ("too long and not ASCII", "SECRÉT" * 683, [LENGTHS[field], ASCII]),
         ("number", 53127, [TYPE]),
         ("boolean", True, [TYPE]),
         ("object", {"SECRET": "SECRET"}, [TYPE]),
@@ -128,7 +129,10 @@ BAD_FIELDS = [
     ("change", "data"),
     [
         *BAD_FIELDS,
-        pytest.param({"extra": "SECRET"}, {"extra": ["Unknown field."]}, id="unknown"),
+        *[
+            pytest.param({name: "SECRET"}, {name: ["Unknown field."]}, id=name)
+            for name in ("extra", "updated_at", "updated_by")
+        ],
         pytest.param(
             {"provider": "", "api_key": 1},
             {"provider": [ASCII], "api_key": [TYPE]},
@@ -153,7 +157,7 @@ def test_invalid_field_is_named_with_its_rule_and_changes_nothing(
         content_type="application/json",
     )
     assert answer.status_code == 400
-    message = " ".join(f"{field}: {data[field][0]}" for field in sorted(data))
+    message = " ".join(f"{field}: {' '.join(data[field])}" for field in sorted(data))
     assert answer.json == failure("InputException", message, data)
     assert "SECR" not in answer.text + caplog.text
     assert "53127" not in answer.text + caplog.text
@@ -213,6 +217,15 @@ def test_access_is_logged_on_one_line_without_the_query_string(
         client.get("/a%0Ab%FF?secret=1").close()
     (access,) = caplog.messages
     assert re.fullmatch(r"GET /a%0Ab%\S+ 404 \d+\.\d ms - 127\.0\.0\.1", access)
+
+
+def test_time_of_a_request_is_logged_in_milliseconds(
+    client: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.perf_counter", iter([1000, 1000.25]).__next__)
+    with caplog.at_level("INFO"):
+        client.get("/health").close()
+    assert caplog.messages == ["GET /health 200 250.0 ms - 127.0.0.1"]
 
 
 @pytest.mark.parametrize("path", ["/" + "a" * 15_000, "/%00" * 5_000, "/\u20ac" * 2_000])
