@@ -76,6 +76,13 @@ def test_start_and_stop_are_logged_with_version_and_address(start_server: StartS
     assert re.search(rf"^{time} INFO Serving {end}{time} INFO Stopped {end}\Z", log, re.MULTILINE)
 
 
+def test_request_is_one_line_of_the_log(server: Server) -> None:
+    server.request("GET", "/health")
+    *_, start, access, _ = server.stop().splitlines()
+    assert " INFO Serving version " in start
+    assert " INFO GET /health 200 " in access
+
+
 def test_journal_gets_priorities_instead_of_the_time(start_server: StartServer) -> None:
     server = start_server(Fork(serve_into_journal))
     server.request("GET")
@@ -83,6 +90,14 @@ def test_journal_gets_priorities_instead_of_the_time(start_server: StartServer) 
     assert re.search(r"^<4>WARNING Created database ", log, re.MULTILINE)
     assert re.search(r"^<6>INFO Serving version ", log, re.MULTILINE)
     assert re.search(r"^<4>WARNING GET /api/v1/ai/provider 401 ", log, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("level", "priority"), {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}.items()
+)
+def test_each_level_has_its_priority(level: str, priority: int) -> None:
+    record = logging.makeLogRecord({"levelname": level, "msg": "text"})
+    assert _JournalFormatter("%(message)s").format(record) == f"<{priority}>text"
 
 
 def test_each_line_of_a_traceback_has_its_priority() -> None:
