@@ -227,7 +227,7 @@ class DatabaseFile:
         with suppress(FileNotFoundError, NotADirectoryError):
             database = self.path.stat()
             state += [database.st_mtime_ns, database.st_ino]
-            if not self._target.is_symlink():  # which would have its -wal elsewhere
+            if self._target.lstat().st_ino == database.st_ino:  # or its -wal is elsewhere
                 state.append(self._wal.lstat().st_ino)
                 state.append(self._shm.lstat().st_ino)
         return state

@@ -717,6 +717,36 @@ def test_save_beside_another_process_that_opens_or_closes_waits(app: Flask, tmp_
     assert b"openai" in (tmp_path / "ai-provider.db").read_bytes()
 
 
+def test_database_that_comes_back_from_where_a_link_led_is_noticed(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    server = start_server()
+    server.put(CONFIG, credential)
+    replaced_by_a_link(tmp_path / "ai-provider.db")
+    assert server.put(CONFIG, credential).status == 200
+    (tmp_path / "away").replace(tmp_path / "ai-provider.db")
+    assert server.put(OTHER, credential).status == 200
+    server.stop(signal.SIGKILL)
+    assert start_server().get(credential).body["data"]["provider"] == "other"
+
+
+def test_database_that_is_moved_with_the_link_to_it_is_noticed(
+    start_server: StartServer, credential: str, tmp_path: Path
+) -> None:
+    link, moved = tmp_path / "links" / "link.db", tmp_path / "links" / "moved.db"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "ai-provider.db")
+    server = start_server(DATABASE_URL=f"sqlite:///{link}")
+    server.put(CONFIG, credential)
+    (tmp_path / "ai-provider.db").rename(moved)
+    link.unlink()
+    link.symlink_to(moved)
+    assert server.put(OTHER, credential).status == 200
+    server.stop(signal.SIGKILL)
+    again = start_server(DATABASE_URL=f"sqlite:///{link}")
+    assert again.get(credential).body["data"]["provider"] == "other"
+
+
 def test_save_waits_only_shortly_for_others(app: Flask) -> None:
     with app.app_context():
         ProviderConfig.put("openai", "key", "author")
