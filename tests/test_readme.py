@@ -7,6 +7,7 @@ import subprocess
 import sys
 from ctypes import CDLL
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from conftest import CONFIG, OTHER, OTHER_ENCRYPTION_KEY, StartServer
@@ -116,18 +117,35 @@ def test_empty_copy_of_the_key_replaces_nothing(checkout: Path, tmp_path: Path) 
     assert (checkout / "instance" / "encryption.key").read_bytes() == before
 
 
+def moves_and_deletions(folder: Path) -> BinaryIO:
+    """Return a file with the names that are moved away or deleted in this folder from now on."""
+    libc = CDLL(None)
+    watch = libc.inotify_init()
+    moved_from, deleted = 0x40, 0x200
+    libc.inotify_add_watch(watch, os.fsencode(folder), moved_from | deleted)
+    return os.fdopen(watch, "rb", buffering=0)
+
+
 def test_restored_key_replaces_the_former_one_without_a_gap(checkout: Path, tmp_path: Path) -> None:
     create_credential(checkout)
     (tmp_path / "encryption-backup.key").write_bytes(OTHER_ENCRYPTION_KEY)
-    libc = CDLL(None)
-    watch = libc.inotify_init()
-    moved_or_deleted = 0x40 | 0x200
-    libc.inotify_add_watch(watch, os.fsencode(checkout / "instance"), moved_or_deleted)
-    run_block("key.copy", checkout)
-    with os.fdopen(watch, "rb", buffering=0) as events:
+    with moves_and_deletions(checkout / "instance") as events:
+        run_block("key.copy", checkout)
         names = events.read(4096)
     assert (b"encryption.key.copy\0" in names, b"encryption.key\0" in names) == (True, False)
     assert (checkout / "instance" / "encryption.key").read_bytes() == OTHER_ENCRYPTION_KEY
+
+
+def test_older_keys_are_deleted_without_a_gap(checkout: Path) -> None:
+    create_credential(checkout)
+    run_block("provider rotate-key", checkout)
+    key = checkout / "instance" / "encryption.key"
+    newest, _ = key.read_bytes().splitlines(keepends=True)
+    [command] = re.findall("`(sed .*?)`", README)
+    with moves_and_deletions(key.parent) as events:
+        assert run_shell(command, checkout).returncode == 0
+        assert b"encryption.key\0" not in events.read(4096)
+    assert (key.read_bytes(), key.stat().st_mode) == (newest, 0o100600)
 
 
 def test_backup_is_restored_on_another_machine(
