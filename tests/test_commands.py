@@ -34,7 +34,8 @@ def test_create_prints_the_credential_alone(runner: FlaskCliRunner, client: Flas
 
 @on_both
 def test_list_is_a_table_without_secrets(runner: FlaskCliRunner, client: FlaskClient) -> None:
-    create = ["credentials", "create", "--name", "backup script"]
+    name = "backup script".ljust(60, "!")
+    create = ["credentials", "create", "--name", name]
     credential = runner.invoke(args=create).stdout.strip()
     assert "never" in runner.invoke(args=["credentials", "list"]).stdout
     client.get(URL, headers={"Authorization": f"token {credential}"})
@@ -42,7 +43,7 @@ def test_list_is_a_table_without_secrets(runner: FlaskCliRunner, client: FlaskCl
     assert result.exit_code == 0
     assert re.fullmatch(
         r"API_KEY {27}CREATED {15}LAST_USED {10}NAME\n"
-        rf"{credential[:32]}  [\dT:-]{{19}}Z  [\dT:-]{{16}}Z  backup script\n",
+        rf"{credential[:32]}  [\dT:-]{{19}}Z  [\dT:-]{{16}}Z  {name}\n",
         result.stdout,
     )
 

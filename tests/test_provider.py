@@ -261,10 +261,10 @@ def test_delete_is_logged_with_its_author(
     auth_headers: dict[str, str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    client.put(URL, json=CONFIG, headers=auth_headers)
+    client.put(URL, json={"provider": "' by me", "api_key": API_KEY}, headers=auth_headers)
     with caplog.at_level("INFO"):
         client.delete(URL, headers=auth_headers)
-    assert caplog.messages[0] == f"Provider 'openai' removed by {credential[:32]}"
+    assert caplog.messages[0] == f"""Provider "' by me" removed by {credential[:32]}"""
 
 
 def test_swapped_fields_are_refused_and_the_key_is_not_repeated(
