@@ -105,7 +105,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
         for line in parse_stream(file):
             if line.error or (line.key and (line.value is None or line.key not in names)):
                 row = line.original.line + line.original.string.rstrip().count("\n")
-                raise ValidationError({f"{path}:{row}": ["Must be a setting as in .env.example."]})
+                raise ValidationError({f"{path}:{row}": ["Unknown name, or not NAME=value."]})
             if line.key:
                 settings[line.key] = line.value
     return settings | dict(os.environ.items() - other.items())

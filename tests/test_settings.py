@@ -70,7 +70,7 @@ def test_bad_database_url_is_one_clear_line(url: str, message: str) -> None:
     assert flask("credentials", "list", DATABASE_URL=url) == (1, "", f"Error: {message}\n")
 
 
-NO_SETTING = "Must be a setting as in .env.example."
+NO_SETTING = "Unknown name, or not NAME=value."
 RULES = {
     "AI_PROVIDERS": "Must be names of 1 to 30 characters in printable ASCII, separated by commas.",
     "DATABASE_URL": "Must not be empty. Leave it out for the default.",
