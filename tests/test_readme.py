@@ -17,6 +17,7 @@ from app import VERSION
 from schemas import SettingsSchema
 
 README = (ROOT / "README.md").read_text()
+[DELETE_OLDER_KEYS] = re.findall("`(.*? && sed .*?)`", README)
 
 
 @pytest.fixture
@@ -133,19 +134,51 @@ def test_restored_key_replaces_the_former_one_without_a_gap(checkout: Path, tmp_
         run_block("key.copy", checkout)
         names = events.read(4096)
     assert (b"encryption.key.copy\0" in names, b"encryption.key\0" in names) == (True, False)
-    assert (checkout / "instance" / "encryption.key").read_bytes() == OTHER_ENCRYPTION_KEY
+    key = checkout / "instance" / "encryption.key"
+    assert key.read_bytes().splitlines()[0] == OTHER_ENCRYPTION_KEY.strip()
+
+
+def test_restored_key_keeps_what_the_former_one_has_encrypted(
+    checkout: Path, start_server: StartServer, tmp_path: Path
+) -> None:
+    credential = create_credential(checkout)
+    server = start_server(Fork(serve_beside, checkout))
+    server.put(CONFIG, credential)
+    before = server.get(credential).body
+    (tmp_path / "encryption-backup.key").write_bytes(OTHER_ENCRYPTION_KEY.strip())
+    run_block("key.copy", checkout)
+    assert server.get(credential).body == before
+
+
+def test_restored_key_takes_nothing_else_from_a_damaged_one(checkout: Path, tmp_path: Path) -> None:
+    create_credential(checkout)
+    key = checkout / "instance" / "encryption.key"
+    former, damaged = key.read_bytes(), b"\0\xff" + b"A" * 43 + b"=\n" + b"A" * 44
+    key.write_bytes(damaged + b"\n" + former)
+    (tmp_path / "encryption-backup.key").write_bytes(OTHER_ENCRYPTION_KEY)
+    run_block("key.copy", checkout)
+    assert key.read_bytes().split() == [OTHER_ENCRYPTION_KEY.strip(), former.strip()]
 
 
 def test_older_keys_are_deleted_without_a_gap(checkout: Path) -> None:
     create_credential(checkout)
-    run_block("provider rotate-key", checkout)
     key = checkout / "instance" / "encryption.key"
-    newest, _ = key.read_bytes().splitlines(keepends=True)
-    [command] = re.findall("`(sed .*?)`", README)
+    older = key.read_bytes()
     with moves_and_deletions(key.parent) as events:
-        assert run_shell(command, checkout).returncode == 0
+        assert run_shell(DELETE_OLDER_KEYS, checkout).returncode == 0
         assert b"encryption.key\0" not in events.read(4096)
-    assert (key.read_bytes(), key.stat().st_mode) == (newest, 0o100600)
+    [newest] = key.read_bytes().splitlines(keepends=True)
+    assert (newest != older, key.stat().st_mode) == (True, 0o100600)
+
+
+def test_older_keys_are_kept_if_the_rotation_fails(checkout: Path) -> None:
+    create_credential(checkout)
+    key = checkout / "instance" / "encryption.key"
+    key.write_bytes(OTHER_ENCRYPTION_KEY + key.read_bytes())
+    before = key.read_bytes()
+    (key.parent / "ai-provider.db").unlink()
+    assert run_shell(DELETE_OLDER_KEYS, checkout).returncode == 1
+    assert key.read_bytes() == before
 
 
 def test_backup_is_restored_on_another_machine(
