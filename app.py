@@ -179,7 +179,7 @@ def _configure_logging(level: str) -> None:
     logging.basicConfig(handlers=[handler], level=level)
     # The development server's own access lines show the query string.
     logging.getLogger("werkzeug").addFilter(_is_no_access_line)
-    # Waitress's warnings quote what a stranger sent, and it logs one for each request that waits.
+    # Waitress's warnings have tracebacks, and repeat what a stranger sent.
     logging.getLogger("waitress").setLevel(logging.ERROR)
 
 

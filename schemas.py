@@ -170,14 +170,28 @@ class RequestParser(HTTPRequestParser):
 
 
 class Channel(HTTPChannel):
-    """A connection that ends when urgent data arrives, which would keep the loop busy."""
+    """A connection whose requests are answered in the thread of the loop, one at each event."""
 
     parser_class = RequestParser
-    handle_expt = HTTPChannel.handle_close
+    handle_expt = HTTPChannel.handle_close  # urgent data would keep the loop busy
 
-    def _flush_some(self, do_close: bool = False) -> bool:
-        # By default it would close, as for send_continue: the loop then waits for a closed socket.
-        return self.connected and super()._flush_some(do_close)  # type: ignore[misc]
+    def writable(self) -> bool:
+        """Return whether there is an answer to send, or a request to answer."""
+        return bool(self.requests or super().writable())
+
+    def handle_read(self) -> None:
+        """Receive, and answer at once what is complete."""
+        super().handle_read()
+        self.handle_write()
+
+    def handle_write(self) -> None:
+        """Answer one request, or send what the client has not taken yet, or close."""
+        if self.requests:
+            self.service()
+            if self.connected:
+                self._flush_some()  # type: ignore[attr-defined]
+        else:
+            super().handle_write()
 
     def send_continue(self) -> None:
         """Ask for the body, unless the request is complete or refused without it."""
@@ -186,36 +200,21 @@ class Channel(HTTPChannel):
 
 
 class Server(TcpWSGIServer):
-    """A server that runs the application in the thread of its loop; another would contend."""
+    """A server without threads: another than that of the loop would contend with it."""
 
     channel_class = Channel
     adj: Any  # has the database file, too
 
-    def pull_trigger(self) -> None:
-        """Wake the loop, which is in this thread and awake, only for what it has to do next."""
-        if self.task_dispatcher.queue:
-            super().pull_trigger()
+    def add_task(self, *_: object) -> None:
+        """Do nothing: a channel answers its requests itself."""
+
+    pull_trigger = add_task  # the loop is awake; the trigger is for signals, which end it
 
     def maintenance(self, now: int) -> None:
         """Close idle connections, and save the -wal, which an operator may take for waste."""
         super().maintenance(now)
         if self.adj.database_file:
             self.adj.database_file.save()
-
-    def readable(self) -> bool:
-        """Answer one request of each connection before the loop looks for more."""
-        tasks: Any = self.task_dispatcher.queue
-        for _ in range(len(tasks)):
-            channel = tasks.popleft()
-            if channel.total_outbufs_len >= self.adj.send_bytes:  # it does not take its answers
-                tasks.append(channel)
-                continue
-            try:
-                channel.service()
-                channel._flush_exception(channel._flush_some, do_close=False)
-            except Exception:  # noqa: BLE001 (or one connection would end the loop)
-                channel.handle_error()
-        return super().readable()
 
 
 def summarize(error: ValidationError) -> str:
