@@ -19,7 +19,6 @@ import click
 from flask import Blueprint, Flask, Response, abort, current_app, g, request
 from marshmallow import ValidationError
 from waitress.adjustments import Adjustments
-from waitress.trigger import trigger
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException
 
@@ -232,13 +231,12 @@ def create_servers(app: Flask, sockets: dict[Any, Any]) -> list[schemas.Server]:
         raise click.ClickException(f"LISTEN={listen} cannot be served: {error}") from error
 
 
-def _stop_on_signals(sockets: dict[Any, Any]) -> None:
+def _stop_on_signals(trigger: Any, sockets: dict[Any, Any]) -> None:  # noqa: ANN401
     # A signal wakes the loop, which ends between two events; SIGALRM ends the process, whatever
     # hangs, 5 seconds later.
-    pipe: Any = trigger(sockets)
-    pipe.thunks.append(sockets.clear)
-    os.set_blocking(pipe.trigger, False)
-    signal.set_wakeup_fd(pipe.trigger)
+    trigger.thunks.append(sockets.clear)
+    os.set_blocking(trigger.trigger, False)
+    signal.set_wakeup_fd(trigger.trigger)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: signal.alarm(signal.alarm(0) or 5))
 
@@ -257,7 +255,7 @@ def main() -> None:
             app.logger.error("%s", error)
     sockets: dict[Any, Any] = {}
     server = create_servers(app, sockets)[0]
-    _stop_on_signals(sockets)
+    _stop_on_signals(server.trigger, sockets)
     url = f"http://{app.config['LISTEN'].rpartition(':')[0]}:{server.getsockname()[1]}"
     app.logger.info("Serving version %s on %s", VERSION, url)
     # Under systemd, `systemctl start` waits for this (sd_notify(3)).

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from flask import cli
+from waitress.trigger import trigger
 
 import app
 
@@ -161,7 +162,7 @@ def serve_as_nobody() -> None:
 
 def stop_and_hang() -> None:
     """Print in how many seconds a process that was told to stop is ended."""
-    app._stop_on_signals({})
+    app._stop_on_signals(trigger({}), {})
     os.kill(os.getpid(), signal.SIGTERM)
     sys.stdout.write(str(signal.alarm(0)))
     sys.stdout.flush()
