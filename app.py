@@ -5,7 +5,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it starts has no traceback
 
-import logging
+import logging.handlers
 import os
 import re
 import socket
@@ -30,7 +30,6 @@ from models import ProviderConfig, backup_command, create_missing, report, resto
 
 VERSION = "1.1.0"
 ROOT = Path(__file__).resolve().parent
-PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
 NOT_SET = "No provider is set."
 STATUS_MESSAGES = {  # for errors that are raised without one
     401: "Send a valid credential: Authorization: Basic base64(api_key:api_secret) or"
@@ -164,7 +163,7 @@ def _is_no_access_line(record: logging.LogRecord) -> bool:
 class _JournalFormatter(logging.Formatter):
     # Begins each line with the priority that journald reads (sd-daemon(3)).
     def format(self, record: logging.LogRecord) -> str:
-        prefix = f"<{PRIORITIES[record.levelname]}>"
+        prefix = f"<{logging.handlers.SysLogHandler.priority_names[record.levelname.lower()]}>"
         return prefix + super().format(record).replace("\n", f"\n{prefix}")
 
 
