@@ -264,10 +264,9 @@ def transaction(patience: float = 1) -> Iterator[None]:
             extensions.pop("waiting_since")
             yield
             connection.commit()
-        except BaseException:
+        finally:
             with suppress(Exception):  # or its error would hide the first
-                connection.rollback()
-            raise
+                connection.rollback()  # of what is not committed
         if database_file := extensions.get("database_file"):
             database_file.confirm()
 
