@@ -200,7 +200,8 @@ class DatabaseFile:
 
     def _open(self, inode: int) -> bool:
         if not self._wal.exists():
-            with closing(self._connect("rw")) as writer:  # only a writer rolls a journal back
+            # Only a writer rolls a journal back; one that may not write leaves a -wal of that mode.
+            with self.path.open("r+b"), closing(self._connect("rw")) as writer:
                 writer.executescript("PRAGMA journal_mode = WAL")
         self.connection: sqlite3.Connection = self._connect("rw")
         self._reader, self._opened = self._connect("ro"), [0]  # closed even if what follows fails

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import sqlalchemy as sa
@@ -35,7 +36,7 @@ from conftest import (
     stored,
 )
 from flask import Flask
-from processes import run, serve
+from processes import run, serve, without_privileges
 
 from app import create_servers
 from database import DatabaseFile, StorageError, execute, transaction
@@ -1143,6 +1144,29 @@ def test_connection_that_can_only_read_is_not_kept(
     with app.app_context():
         ProviderConfig.put(**OTHER, updated_by="author")
     assert server.get(credential).body["data"]["provider"] == "other"
+
+
+def test_files_of_a_database_that_denies_writing_are_not_made(
+    monkeypatch: pytest.MonkeyPatch, start_app: StartApp
+) -> None:
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        path = Path(folder, "ai-provider.db")
+        monkeypatch.setenv("DATABASE_URL", f"sqlite:///{path}")
+        monkeypatch.setenv("ENCRYPTION_KEY_FILE", f"{folder}/encryption.key")
+        with without_privileges():
+            app = start_app()
+            with app.app_context():
+                ProviderConfig.put("openai", "key", "author")
+            path.chmod(0o400)
+            removed(Path(f"{path}-wal"))
+            with app.app_context(), pytest.raises(StorageError, match="Permission denied"):
+                ProviderConfig.get()
+            assert not Path(f"{path}-wal").exists()
+            path.chmod(0o600)
+            with app.app_context():
+                ProviderConfig.put("other", "key", "author")
+            close_database(app)
 
 
 def test_connection_that_is_opened_while_another_process_writes_is_kept(
