@@ -103,9 +103,9 @@ class DatabaseFile:
                 can_write = self._open(inode)
                 present = self._state()
                 # Otherwise one connection may have a removed or replaced file, the other a new one.
-                if [inode, *kept] == present[1:]:
+                if [inode, *kept] == present[2:]:
                     # 0 for what was removed meanwhile, or can only be read: no look returns that.
-                    self._opened = [*present, 0, 0][:4] if can_write else [0]
+                    self._opened = [*present, 0, 0][:5] if can_write else [0]
                     return self.connection
             finally:
                 # What was made in the place of a removed file would be taken for that of others.
@@ -169,11 +169,11 @@ class DatabaseFile:
         # Return whether the database is as this process left it. Then, and while it is away (it may
         # come back, with the same inode), what only the -wal has is saved first.
         present = self._state()
-        is_ours = present[:2] == self._opened[:2]
+        is_ours = present[:3] == self._opened[:3]
         if is_ours or (not present and self._opened[1:]):
             # RESTART leaves the -wal as it is, lest the database never come back.
             fault = self._checkpoint("TRUNCATE" if present else "RESTART")
-            if is_ours and present[2:] != self._opened[2:]:
+            if is_ours and present[3:] != self._opened[3:]:
                 if fault:
                     raise sqlite3.OperationalError(f"{self.path}-wal is not saved: {fault}")
                 self._wal.unlink(missing_ok=True)
@@ -223,12 +223,12 @@ class DatabaseFile:
         return sqlite3.connect(uri, uri=True, timeout=0.1, check_same_thread=False)
 
     def _state(self) -> list[int]:
-        # The time of the database, and the inode of each file up to the first that is missing.
+        # Time and device of the database, and the inode of each file, up to the first missing one.
         state: list[int] = []
         with suppress(FileNotFoundError, NotADirectoryError):
             database = self.path.stat()
-            state += [database.st_mtime_ns, database.st_ino]
-            if self._target.lstat().st_ino == database.st_ino:  # or its -wal is elsewhere
+            state += [database.st_mtime_ns, database.st_dev, database.st_ino]
+            if os.path.samestat(self._target.lstat(), database):  # or its -wal is elsewhere
                 state.append(self._wal.lstat().st_ino)
                 state.append(self._shm.lstat().st_ino)
         return state

@@ -748,6 +748,37 @@ def test_database_that_is_moved_with_the_link_to_it_is_noticed(
     assert again.get(credential).body["data"]["provider"] == "other"
 
 
+def test_link_to_a_copy_with_the_same_inodes_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, start_app: StartApp, tmp_path: Path
+) -> None:
+    folder, snapshot, link = (tmp_path / name for name in ("folder", "snapshot", "link"))
+    folder.mkdir()
+    link.symlink_to(folder)
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{link}/ai-provider.db")
+    app = start_app()
+    with app.app_context():
+        ProviderConfig.put("openai", "key", "author")
+    shutil.copytree(folder, snapshot)
+    stat = Path.stat
+
+    def stat_file_system(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        status = stat(path, follow_symlinks=follow_symlinks)
+        if Path(os.path.realpath(path)).parent != snapshot:
+            return status
+        twin = stat(folder / path.name)
+        times = {"st_mtime_ns": twin.st_mtime_ns}
+        return os.stat_result((status.st_mode, twin.st_ino, twin.st_dev + 1, *status[3:]), times)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", stat_file_system)
+        link.unlink()
+        link.symlink_to(snapshot)
+        with app.app_context():
+            ProviderConfig.put("other", "key", "author")
+    with closing(sqlite3.connect(snapshot / "ai-provider.db")) as database:
+        assert database.execute("SELECT provider FROM provider_config").fetchall() == [("other",)]
+
+
 def test_save_waits_only_shortly_for_others(app: Flask) -> None:
     with app.app_context():
         ProviderConfig.put("openai", "key", "author")
