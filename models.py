@@ -254,4 +254,5 @@ def _require_intact(database: sqlite3.Connection, name: object) -> None:
         database.execute(str(sa.select(*Base.metadata.sorted_tables)))
         if database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]:
             return
-    raise click.ClickException(f"{name} is damaged, or not of this service. See Back up in README.")
+    fault = f"{name} is damaged, or not of this service: nothing has changed."
+    raise click.ClickException(f"{fault} See Back up in README.")

@@ -126,7 +126,7 @@ def test_database_that_was_not_closed_is_restored_with_its_wal(
     assert config.provider == "second"
 
 
-UNUSABLE = "damaged, or not of this service. See Back up in README."
+UNUSABLE = "damaged, or not of this service: nothing has changed. See Back up in README."
 
 
 def emptied(path: Path) -> None:
