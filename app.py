@@ -51,8 +51,8 @@ def update_provider() -> dict[str, object]:
     if not request.is_json:
         abort(415, "Send the header Content-Type: application/json.")
     config = schemas.provider_schema.load(schemas.parse_object(request.get_data()))
-    ProviderConfig.put(**config, updated_by=g.api_key)
-    current_app.logger.info("Provider set to %r by %s", config["provider"], g.api_key)
+    ProviderConfig.put(**config, updated_by=g.client)
+    current_app.logger.info("Provider set to %r by %s", config["provider"], g.client)
     return schemas.success(True)
 
 
@@ -67,7 +67,7 @@ def show_provider() -> dict[str, object]:
 def clear_provider() -> dict[str, object]:
     """Remove the configuration."""
     provider = ProviderConfig.clear() or abort(404, NOT_SET)
-    current_app.logger.info("Provider %r removed by %s", provider, g.api_key)
+    current_app.logger.info("Provider %r removed by %s", provider, g.client)
     return schemas.success(True)
 
 
@@ -150,7 +150,7 @@ def _finish_request(response: Response) -> Response:
         del response.headers["Content-Type"]
     what = quote(f"{request.method} {request.path}", safe="/ ")[:200]
     milliseconds = (perf_counter() - g.started) * 1000
-    who = f"{g.get('api_key', '-')} {_parse_address(request.remote_addr or '')}"
+    who = f"{g.get('client', '-')} {_parse_address(request.remote_addr or '')}"
     level = logging.WARNING if response.status_code == 401 else logging.INFO
     current_app.logger.log(level, f"{what} {response.status_code} {milliseconds:.1f} ms {who}")
     return response

@@ -27,11 +27,11 @@ def parse_authorization(header: str) -> re.Match[str] | None:
 
 
 def authenticate() -> None:
-    """Refuse a request without a valid credential; leave the key it names in `g.api_key`."""
+    """Refuse a request without a valid credential; leave the api_key it names in `g.client`."""
     if request.method == "OPTIONS":
         return
     credential = parse_authorization(request.headers.get("Authorization", ""))
-    g.api_key = credential[1] if credential else "-"
+    g.client = credential[1] if credential else "-"
     if credential is None or not Credential.verify(*credential.groups()):
         abort(401, www_authenticate=['Basic realm="AI provider"', 'Token realm="AI provider"'])
 
