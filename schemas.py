@@ -182,7 +182,8 @@ class Channel(HTTPChannel):
     def handle_read(self) -> None:
         """Receive, and answer at once what is complete."""
         super().handle_read()
-        self.handle_write()
+        if self.connected:
+            self.handle_write()
 
     def handle_write(self) -> None:
         """Answer one request, or send what the client has not taken yet, or close."""

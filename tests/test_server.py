@@ -389,7 +389,23 @@ def test_connection_that_is_reset_amid_an_expectation_ends_alone(
     connection.sendall(b"Expect: 100-continue\r\n\r\n")
     wasyncore.loop(1, map=sockets, count=2)
     assert not vars(server)["active_channels"]
-    assert "Traceback" not in caplog.text
+    assert "ERROR" not in caplog.text
+    wasyncore.close_all(sockets)
+
+
+def test_connection_that_is_reset_before_the_answer_to_its_expectation_ends_alone(
+    app: Flask, caplog: pytest.LogCaptureFixture
+) -> None:
+    sockets: dict[int, Any] = {}
+    (server,) = create_servers(app, sockets)
+    address: Any = server.getsockname()
+    with socket.create_connection(address) as connection:
+        wasyncore.loop(1, map=sockets, count=1)
+        connection.sendall(b"PUT / HTTP/1.1\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wasyncore.loop(1, map=sockets, count=2)
+    assert not vars(server)["active_channels"]
+    assert "ERROR" not in caplog.text
     wasyncore.close_all(sockets)
 
 
