@@ -154,7 +154,7 @@ def test_restored_key_takes_nothing_else_from_a_damaged_one(checkout: Path, tmp_
     create_credential(checkout)
     key = checkout / "instance" / "encryption.key"
     former, damaged = key.read_bytes(), b"\0\xff" + b"A" * 43 + b"=\n" + b"A" * 44
-    key.write_bytes(damaged + b"\n" + former)
+    key.write_bytes(damaged + b"\n" + former.strip() + b"\r\n")
     (tmp_path / "encryption-backup.key").write_bytes(OTHER_ENCRYPTION_KEY)
     run_block("key.copy", checkout)
     assert key.read_bytes().split() == [OTHER_ENCRYPTION_KEY.strip(), former.strip()]
