@@ -32,7 +32,7 @@ from processes import execute_command_without, run, serve, serve_as_nobody, with
 from app import _parse_address, create_app
 from database import StorageError, explain
 from encryption import KeyFile
-from models import create_missing
+from models import ProviderConfig, create_missing
 
 BAD_DATABASE_URL = (
     "DATABASE_URL must be sqlite:/// and a file's path, or postgresql:// and an address, in which"
@@ -485,6 +485,18 @@ def test_key_file_in_a_closed_folder_names_its_owner() -> None:
     owner = f"{keys} belongs to user {os.geteuid()}, mode 700; this process runs"
     assert owner in log.splitlines()[-1]
     assert "Traceback" not in log
+
+
+def test_closed_folder_behind_a_link_names_its_owner() -> None:
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        data, link = Path(folder, "data"), Path(folder, "instance")
+        data.mkdir(0o700)
+        link.symlink_to(data)
+        owner = f"{data} belongs to user {os.geteuid()}, mode 700; this process runs"
+        app = create_app({"DATABASE_URL": f"sqlite:///{link}/ai-provider.db"})
+        with app.app_context(), without_privileges(), pytest.raises(StorageError, match=owner):
+            ProviderConfig.get()
 
 
 FORGED = [
