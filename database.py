@@ -64,7 +64,7 @@ def storage_errors(prefix: str = "") -> Iterator[None]:
         raise StorageError(f"{prefix}{explain(error)}") from error
     except (sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
         # The first line alone: PostgreSQL's others may show the row.
-        cause = str(getattr(error, "orig", error)).partition("\n")[0].rstrip(".")
+        cause = str(getattr(error, "orig", error)).partition("\n")[0]
         raise StorageError(f"Database error: {cause}. Check DATABASE_URL, locks, disk.") from error
 
 
