@@ -44,9 +44,11 @@ BAD_DATABASE_URLS = [
     "sqlite:///",
     "sqlite:///:memory:",
     "sqlite://two/slashes",
+    "sqlite:///ai-provider.db?mode=ro",
     "oracle://u:SECRET@h/d",
     "postgresql://user:p@SECRET@127.0.0.1:1/db",
     "postgresql://user:p@SECRET/x@127.0.0.1:1/db",
+    "postgresql://127.0.0.1:SECRET/db",
 ]
 DATABASE_URLS = {
     "nonsense": BAD_DATABASE_URL,
