@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -95,6 +96,7 @@ def call_as_new_process(
     stderr.close()
     os.environ.clear()
     os.environ.update(environment)
+    time.tzset()
     os.chdir(ROOT)
     # A shell has its background jobs ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)

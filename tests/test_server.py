@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -75,6 +76,12 @@ def test_start_and_stop_are_logged_with_version_and_address(start_server: StartS
     end = f"version {VERSION} on http://127.0.0.1:{server.port}\n"
     time = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
     assert re.search(rf"^{time} INFO Serving {end}{time} INFO Stopped {end}\Z", log, re.MULTILINE)
+
+
+def test_times_in_the_log_are_in_utc(start_server: StartServer) -> None:
+    time, *_ = start_server(TZ="EAST-9").stop().split()
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(time.replace("Z", "+00:00"))
+    assert abs(age) < timedelta(hours=1)
 
 
 def test_request_is_one_line_of_the_log(server: Server) -> None:
