@@ -22,7 +22,7 @@ def parse_authorization(header: str) -> re.Match[str] | None:
     value = value.lstrip(" ")  # RFC 9110, section 11.4: 1*SP
     if scheme.lower() == "basic":
         with suppress(ValueError):
-            scheme, value = "token", b64decode(value, validate=True).decode("ascii")
+            scheme, value = "token", b64decode(value, validate=True).decode()
     return CREDENTIAL.fullmatch(f"{scheme.lower()} {value}")
 
 
