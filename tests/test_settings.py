@@ -423,7 +423,7 @@ def test_file_or_folder_without_permission_names_its_owner(name: str) -> None:
         Path(folder).chmod(0o777)
         (Path(folder) / "ai-provider.db").chmod(0o666)
         (Path(folder) / "encryption.key").chmod(0o666)
-        mode = 0o555 if name == "" else 0o400
+        mode = 0o555 if name == "" else 0o000
         (Path(folder) / name).chmod(mode)
         status, output, log = run(serve_as_nobody, **settings)
         Path(folder).chmod(0o700)
@@ -477,14 +477,14 @@ def test_key_file_in_a_closed_folder_names_its_owner() -> None:
     with TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         keys = Path(folder, "keys")
-        keys.mkdir(0o700)
+        keys.mkdir(0o600)
         settings = {
             "DATABASE_URL": f"sqlite:///{folder}/ai-provider.db",
             "ENCRYPTION_KEY_FILE": f"{keys}/encryption.key",
         }
         status, output, log = run(serve_as_nobody, **settings)
     assert (status, output) == (1, "")
-    owner = f"{keys} belongs to user {os.geteuid()}, mode 700; this process runs"
+    owner = f"{keys} belongs to user {os.geteuid()}, mode 600; this process runs"
     assert owner in log.splitlines()[-1]
     assert "Traceback" not in log
 
@@ -493,9 +493,9 @@ def test_closed_folder_behind_a_link_names_its_owner() -> None:
     with TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         data, link = Path(folder, "data"), Path(folder, "instance")
-        data.mkdir(0o700)
+        data.mkdir(0o600)
         link.symlink_to(data)
-        owner = f"{data} belongs to user {os.geteuid()}, mode 700; this process runs"
+        owner = f"{data} belongs to user {os.geteuid()}, mode 600; this process runs"
         app = create_app({"DATABASE_URL": f"sqlite:///{link}/ai-provider.db"})
         with app.app_context(), without_privileges(), pytest.raises(StorageError, match=owner):
             ProviderConfig.get()
