@@ -184,6 +184,7 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | {
         "DATABASE_URL": f"sqlite:///{folder}/ai-provider.db",
         "ENCRYPTION_KEY_FILE": f"{folder}/encryption.key",
+        "FLASK_SKIP_DOTENV": "1",
     }
 
 
