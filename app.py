@@ -222,6 +222,7 @@ def create_servers(app: Flask, sockets: dict[Any, Any]) -> list[schemas.Server]:
             channel_timeout=10,
             cleanup_interval=1,  # after which the -wal is saved, too
             ident="",
+            log_socket_errors=False,  # with a traceback, where the network of a client fails
         )
         limits.send_bytes = 16 * 1024  # or the headers leave before the body, in another packet
         limits.database_file = app.extensions.get("database_file")

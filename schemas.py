@@ -186,12 +186,10 @@ class Channel(HTTPChannel):
             self.handle_write()
 
     def handle_write(self) -> None:
-        """Answer one request, or send what the client has not taken yet, or close."""
+        """Answer one request, send what the client has not taken yet, or close."""
         if self.requests:
             self.service()
-            if self.connected:
-                self._flush_some()  # type: ignore[attr-defined]
-        else:
+        if self.connected:
             super().handle_write()
 
     def send_continue(self) -> None:

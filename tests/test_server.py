@@ -379,6 +379,28 @@ def test_expectation_is_answered(running: Running, head: bytes, status: bytes) -
         assert connection.recv(65536)[9:12] == status
 
 
+def test_client_whose_network_fails_leaves_no_error_in_the_log(
+    app: Flask, caplog: pytest.LogCaptureFixture
+) -> None:
+    sockets: dict[int, Any] = {}
+    (server,) = create_servers(app, sockets)
+    channels = vars(server)["active_channels"]
+    address: Any = server.getsockname()
+    with socket.create_connection(address) as connection:
+        wasyncore.loop(1, map=sockets, count=1)
+        for channel in channels.values():  # one, which gives up as soon as nothing is taken
+            channel.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
+        for _ in range(1000):
+            with suppress(OSError):
+                connection.send(b"GET /openapi.yaml HTTP/1.1\r\n\r\n" * 20, socket.MSG_DONTWAIT)
+            wasyncore.loop(1, map=sockets, count=1)
+            if not channels:
+                break
+    assert not channels
+    assert "ERROR" not in caplog.text
+    wasyncore.close_all(sockets)
+
+
 def test_connection_that_is_reset_amid_an_expectation_ends_alone(
     app: Flask, caplog: pytest.LogCaptureFixture
 ) -> None:
