@@ -63,8 +63,7 @@ def storage_errors(prefix: str = "") -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"{prefix}{explain(error)}") from error
     except (sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
-        # The first line alone: PostgreSQL's others may show the row.
-        cause = str(getattr(error, "orig", error)).partition("\n")[0]
+        cause = str(getattr(error, "orig", error)).partition("\n")[0]  # others may show the row
         raise StorageError(f"Database error: {cause}. Check DATABASE_URL, locks, disk.") from error
 
 
@@ -127,8 +126,7 @@ class DatabaseFile:
             self.connect()
             with self.alone(tries=1):  # or what another process has saved would seem our own
                 self.confirm()
-                # While changes come, it is overwritten, which is faster than growing anew.
-                is_at_rest = abs(time() - self._wal.stat().st_mtime) >= 5
+                is_at_rest = abs(time() - self._wal.stat().st_mtime) >= 5  # growing anew is slow
                 self._checkpoint("TRUNCATE" if is_at_rest else "RESTART")
 
     @contextmanager
@@ -194,8 +192,10 @@ class DatabaseFile:
             fault = "others read it" if busy and not saved == pages >= 0 else ""
         except sqlite3.Error as error:  # the -wal keeps all
             fault = str(error)
-        # Even a part of it changes the time. The database may be away, and come back.
-        self._opened[:1] = self._state()[:1] or self._opened[:1]
+        with suppress(OSError):
+            if fault:  # a part of it has changed the time, by which other processes know theirs
+                os.utime(self.path, ns=(self._opened[0], self._opened[0]))
+        self._opened[:1] = self._state()[:1] or self._opened[:1]  # it may be away, and come back
         return fault
 
     def _open(self, inode: int) -> bool:

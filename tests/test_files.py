@@ -943,11 +943,24 @@ def test_wal_removed_after_a_part_was_saved_is_saved(app: Flask, tmp_path: Path)
     before = database.stat()
     with file_size_limit(before.st_size):
         app.extensions["database_file"].save()
-    assert database.stat().st_mtime_ns != before.st_mtime_ns
+    assert database.stat().st_ctime_ns != before.st_ctime_ns
     (tmp_path / "ai-provider.db-wal").unlink()
     config = stored(app)
     assert config
     assert config.provider == "other"
+
+
+def test_wal_removed_after_a_command_saved_a_part_is_saved(
+    server: Server, app: Flask, credential: str, tmp_path: Path
+) -> None:
+    database = tmp_path / "ai-provider.db"
+    assert stored(app) is None
+    server.put({"provider": "other", "api_key": "x" * 4096}, credential)
+    with paused(server):
+        with file_size_limit(database.stat().st_size):
+            close_database(app)
+        (tmp_path / "ai-provider.db-wal").unlink()
+    assert server.get(credential).body["data"]["provider"] == "other"
 
 
 def test_database_that_is_away_at_the_end_of_a_save_is_still_its_own(
