@@ -30,8 +30,8 @@ def authenticate() -> None:
     """Refuse a request without a valid credential; leave the api_key it names in `g.client`."""
     if request.method == "OPTIONS":
         return
-    credential = parse_authorization(request.headers.get("Authorization", ""))
-    g.client = credential[1] if credential else "-"
+    if credential := parse_authorization(request.headers.get("Authorization", "")):
+        g.client = credential[1]
     if credential is None or not Credential.verify(*credential.groups()):
         abort(401, www_authenticate=['Basic realm="AI provider"', 'Token realm="AI provider"'])
 
