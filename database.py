@@ -57,7 +57,7 @@ def init_app(app: Flask) -> None:
 
 @contextmanager
 def storage_errors(prefix: str = "") -> Iterator[None]:
-    """Raise StorageError for the errors of databases and, after this prefix, those of files."""
+    """Raise StorageError for an error of the database or, with this prefix, of a file."""
     try:
         yield
     except OSError as error:
@@ -88,7 +88,7 @@ class DatabaseFile:
         self._opened: list[int] = []  # the state of what is open, as _state returns it
 
     def connect(self) -> sqlite3.Connection:
-        """Return the connection to the files that have the names now."""
+        """Return a connection to the files that are in place now."""
         if self._opened and self._state() == self._opened:
             return self.connection
         if not self.path.is_file() or not self.path.stat().st_size:
@@ -103,11 +103,11 @@ class DatabaseFile:
                 present = self._state()
                 # Otherwise one connection may have a removed or replaced file, the other a new one.
                 if [inode, *kept] == present[2:]:
-                    # 0 for what was removed meanwhile, or can only be read: no look returns that.
+                    # 0 stands for a file that was removed, or can only be read: no state has it.
                     self._opened = [*present, 0, 0][:5] if can_write else [0]
                     return self.connection
             finally:
-                # What was made in the place of a removed file would be taken for that of others.
+                # Others would mistake a file that was made here for the one that was removed.
                 for path, before in zip((self._wal, self._shm), kept, strict=False):
                     if path.exists() and path.lstat().st_ino != before:
                         path.unlink()
@@ -169,7 +169,7 @@ class DatabaseFile:
         present = self._state()
         is_ours = present[:3] == self._opened[:3]
         if is_ours or (not present and self._opened[1:]):
-            # RESTART leaves the -wal as it is, lest the database never come back.
+            # RESTART keeps the content of the -wal, in case the database never comes back.
             fault = self._checkpoint("TRUNCATE" if present else "RESTART")
             if is_ours and present[3:] != self._opened[3:]:
                 if fault:
@@ -189,7 +189,7 @@ class DatabaseFile:
         try:
             self.connection.execute("PRAGMA busy_timeout = 100")
             [(busy, pages, saved)] = self.connection.execute(f"PRAGMA wal_checkpoint({mode})")
-            fault = "others read it" if busy and not saved == pages >= 0 else ""
+            fault = "" if not busy or 0 <= pages == saved else "others read it"
         except sqlite3.Error as error:  # the -wal keeps all
             fault = str(error)
         with suppress(OSError):

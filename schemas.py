@@ -199,7 +199,7 @@ class Channel(HTTPChannel):
 
 
 class Server(TcpWSGIServer):
-    """A server without threads: another than that of the loop would contend with it."""
+    """A server whose loop also answers: a second thread would contend with it."""
 
     channel_class = Channel
     adj: Any  # has the database file, too
