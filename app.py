@@ -231,6 +231,10 @@ def create_servers(app: Flask, sockets: dict[Any, Any]) -> list[schemas.Server]:
         raise click.ClickException(f"LISTEN={listen} cannot be served: {error}") from error
 
 
+def _end_within_seconds(*_: object) -> None:
+    signal.alarm(signal.alarm(0) or 5)  # a second signal does not put it off
+
+
 def _stop_on_signals(trigger: Any, sockets: dict[Any, Any]) -> None:  # noqa: ANN401
     # A signal wakes the loop, which ends between two events; SIGALRM ends the process, whatever
     # hangs, 5 seconds later.
@@ -238,7 +242,7 @@ def _stop_on_signals(trigger: Any, sockets: dict[Any, Any]) -> None:  # noqa: AN
     os.set_blocking(trigger.trigger, False)
     signal.set_wakeup_fd(trigger.trigger)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: signal.alarm(signal.alarm(0) or 5))
+        signal.signal(number, _end_within_seconds)
 
 
 @click.command(epilog=schemas.SETTINGS_HELP)
