@@ -189,7 +189,9 @@ class Channel(HTTPChannel):
         """Answer one request, send what the client has not taken yet, or close."""
         if self.requests:
             self.service()
-        if self.connected:
+            if self.connected:
+                self._flush_exception(self._flush_some)  # type: ignore[attr-defined]
+        else:
             super().handle_write()
 
     def send_continue(self) -> None:

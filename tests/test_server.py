@@ -379,6 +379,17 @@ def test_expectation_is_answered(running: Running, head: bytes, status: bytes) -
         assert connection.recv(65536)[9:12] == status
 
 
+def test_answer_does_not_wait_for_the_next_one(app: Flask) -> None:
+    sockets: dict[int, Any] = {}
+    (server,) = create_servers(app, sockets)
+    address: Any = server.getsockname()
+    with socket.create_connection(address, timeout=5) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\n\r\n" * 2)
+        wasyncore.loop(1, map=sockets, count=2)
+        assert connection.recv(65536).count(b"HTTP/1.1 200 OK") == 1
+    wasyncore.close_all(sockets)
+
+
 def test_client_whose_network_fails_leaves_no_error_in_the_log(
     app: Flask, caplog: pytest.LogCaptureFixture
 ) -> None:
