@@ -130,7 +130,7 @@ def _handle_http_exception(error: HTTPException) -> tuple[dict[str, object], int
 
 def _begin_request() -> None:
     g.started = perf_counter()
-    if re.match("([a-z]+://[^/]*)?//", request.environ.get("REQUEST_URI", "")):
+    if re.match("([^/?#]+://[^/?#]*)?(/|%2f){2}", request.environ.get("REQUEST_URI", ""), re.I):
         abort(404)  # waitress strips all slashes but one, and the path would match
 
 
