@@ -118,7 +118,7 @@ class DatabaseFile:
         present = self._state()
         if present[1:] != self._opened[1:]:
             raise sqlite3.OperationalError("its files were removed or replaced")
-        self._opened = present  # a commit may write to the database itself
+        self._opened = present  # another process may have saved the -wal
 
     def save(self) -> None:
         """Write the -wal into the database, if nothing is in the way; empty it at rest."""
@@ -169,8 +169,7 @@ class DatabaseFile:
         present = self._state()
         is_ours = present[:3] == self._opened[:3]
         if is_ours or (not present and self._opened[1:]):
-            # RESTART keeps the content of the -wal, in case the database never comes back.
-            fault = self._checkpoint("TRUNCATE" if present else "RESTART")
+            fault = self._checkpoint("TRUNCATE" if present else "RESTART")  # which keeps the -wal
             if is_ours and present[3:] != self._opened[3:]:
                 if fault:
                     raise sqlite3.OperationalError(f"{self.path}-wal is not saved: {fault}")
@@ -210,6 +209,7 @@ class DatabaseFile:
         # To read, first: the last to close would write the -wal even into a damaged database.
         self._reader.executescript("PRAGMA user_version")
         self.connection.executescript("PRAGMA synchronous = FULL; PRAGMA journal_mode = WAL")
+        self.connection.execute("PRAGMA wal_autocheckpoint = 0")  # its fault would go unnoticed
         try:
             self.connection.executescript("BEGIN IMMEDIATE; PRAGMA user_version = 0")
         except sqlite3.OperationalError as error:

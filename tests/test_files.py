@@ -955,6 +955,15 @@ def test_wal_removed_after_a_part_was_saved_is_saved(app: Flask, tmp_path: Path)
     assert config.provider == "other"
 
 
+def test_commit_of_many_pages_leaves_the_database_alone(app: Flask, tmp_path: Path) -> None:
+    database = tmp_path / "ai-provider.db"
+    with app.app_context():
+        ProviderConfig.put(**CONFIG, updated_by="author")
+        before = database.stat().st_mtime_ns
+        Credential.issue("x" * 5_000_000)  # after 1000 pages, SQLite would write by itself
+    assert database.stat().st_mtime_ns == before
+
+
 def test_wal_removed_after_a_command_saved_a_part_is_saved(
     server: Server, app: Flask, credential: str, tmp_path: Path
 ) -> None:
