@@ -354,7 +354,7 @@ def forget_last_use(database_url: str) -> None:
 
 def reported(message: str) -> str:
     """Return what a command prints of a change."""
-    return f"{message} (Commands do not write to the service's log.)\n"
+    return f"{message} (Not in the service's log, which is its own standard error.)\n"
 
 
 def flask(*arguments: str, **settings: str) -> tuple[int, str, str]:
