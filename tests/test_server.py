@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -52,6 +53,29 @@ from waitress.trigger import trigger
 from app import VERSION, _JournalFormatter, _stop_on_signals, create_servers
 
 SUCCESS = {"status": "success", "data": True}
+
+
+class Loop:
+    """A server in this process, whose loop the test turns."""
+
+    def __init__(self, app: Flask) -> None:
+        self.sockets: dict[int, Any] = {}
+        (self.server,) = create_servers(app, self.sockets)
+        self.channels = vars(self.server)["active_channels"]
+
+    def connect(self, timeout: float | None = None) -> socket.socket:
+        address: Any = self.server.getsockname()
+        return socket.create_connection(address, timeout)
+
+    def turn(self, count: int = 1, timeout: float = 1) -> None:
+        wasyncore.loop(timeout, map=self.sockets, count=count)
+
+
+@pytest.fixture
+def loop(app: Flask) -> Iterator[Loop]:
+    loop = Loop(app)
+    yield loop
+    wasyncore.close_all(loop.sockets)
 
 
 @on_both
@@ -321,23 +345,19 @@ def test_requests_of_one_packet_do_not_wait_for_the_next_event(server: Server) -
     assert monotonic() - started < 50  # the loop waits a second for an event
 
 
-def test_client_that_takes_no_answer_gets_no_other_until_it_does(app: Flask) -> None:
-    sockets: dict[int, Any] = {}
-    (server,) = create_servers(app, sockets)
-    address: Any = server.getsockname()
-    with socket.create_connection(address, timeout=30) as connection:
+def test_client_that_takes_no_answer_gets_no_other_until_it_does(loop: Loop) -> None:
+    with loop.connect(timeout=30) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        wasyncore.loop(1, map=sockets, count=1)
-        (channel,) = vars(server)["active_channels"].values()
+        loop.turn()
+        (channel,) = loop.channels.values()
         channel.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         connection.sendall(b"GET /openapi.yaml HTTP/1.1\r\n\r\n" * 100)
-        wasyncore.loop(0, map=sockets, count=200)
+        loop.turn(200, timeout=0)
         assert len(channel.requests) > 50
         received = b""
         while received.count(b"HTTP/1.1 200 OK") < 100:
-            wasyncore.loop(0, map=sockets, count=20)
+            loop.turn(20, timeout=0)
             received += connection.recv(65536) or pytest.fail("The connection is closed.")
-    wasyncore.close_all(sockets)
 
 
 def test_requests_sent_in_advance_keep_nobody_out(server: Server) -> None:
@@ -350,17 +370,13 @@ def test_requests_sent_in_advance_keep_nobody_out(server: Server) -> None:
     assert before.count("GET / 404") < 30 * 100
 
 
-def test_little_is_read_of_a_connection_in_a_round(app: Flask) -> None:
-    sockets: dict[int, Any] = {}
-    (server,) = create_servers(app, sockets)
-    address: Any = server.getsockname()
-    with socket.create_connection(address) as connection:
-        wasyncore.loop(1, map=sockets, count=1)
-        (channel,) = vars(server)["active_channels"].values()
+def test_little_is_read_of_a_connection_in_a_round(loop: Loop) -> None:
+    with loop.connect() as connection:
+        loop.turn()
+        (channel,) = loop.channels.values()
         connection.sendall(b"G / HTTP/1.1\r\n\r\n" * 1000)
-        wasyncore.loop(1, map=sockets, count=1)
+        loop.turn()
         assert 0 < len(channel.requests) <= 2048 // 16
-    wasyncore.close_all(sockets)
 
 
 EXPECTING = {
@@ -379,41 +395,32 @@ def test_expectation_is_answered(running: Running, head: bytes, status: bytes) -
         assert connection.recv(65536)[9:12] == status
 
 
-def test_answer_does_not_wait_for_the_next_one(app: Flask) -> None:
-    sockets: dict[int, Any] = {}
-    (server,) = create_servers(app, sockets)
-    address: Any = server.getsockname()
-    with socket.create_connection(address, timeout=5) as connection:
+def test_answer_does_not_wait_for_the_next_one(loop: Loop) -> None:
+    with loop.connect(timeout=5) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\n\r\n" * 2)
-        wasyncore.loop(1, map=sockets, count=2)
+        loop.turn(2)
         assert connection.recv(65536).count(b"HTTP/1.1 200 OK") == 1
-    wasyncore.close_all(sockets)
 
 
 def test_client_whose_network_fails_leaves_no_error_in_the_log(
-    app: Flask, caplog: pytest.LogCaptureFixture
+    loop: Loop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sockets: dict[int, Any] = {}
-    (server,) = create_servers(app, sockets)
-    channels = vars(server)["active_channels"]
-    address: Any = server.getsockname()
-    with socket.create_connection(address) as connection:
-        wasyncore.loop(1, map=sockets, count=1)
-        for channel in channels.values():  # one, which gives up as soon as nothing is taken
-            channel.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
+    with loop.connect() as connection:
+        loop.turn()
+        (channel,) = loop.channels.values()  # which gives up as soon as nothing is taken
+        channel.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
         for _ in range(1000):
             with suppress(OSError):
                 connection.send(b"GET /openapi.yaml HTTP/1.1\r\n\r\n" * 20, socket.MSG_DONTWAIT)
-            wasyncore.loop(1, map=sockets, count=1)
-            if not channels:
+            loop.turn()
+            if not loop.channels:
                 break
-    assert not channels
+    assert not loop.channels
     assert "ERROR" not in caplog.text
-    wasyncore.close_all(sockets)
 
 
 def test_connection_that_is_reset_amid_an_expectation_ends_alone(
-    app: Flask, caplog: pytest.LogCaptureFixture
+    app: Flask, loop: Loop, caplog: pytest.LogCaptureFixture
 ) -> None:
     def reset_and_fail() -> str:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -421,32 +428,24 @@ def test_connection_that_is_reset_amid_an_expectation_ends_alone(
         abort(404)
 
     app.add_url_rule("/reset", view_func=reset_and_fail)
-    sockets: dict[int, Any] = {}
-    (server,) = create_servers(app, sockets)
-    address: Any = server.getsockname()
-    connection = socket.create_connection(address)
+    connection = loop.connect()
     connection.sendall(b"GET /reset HTTP/1.1\r\n\r\nPUT / HTTP/1.1\r\nContent-Length: 2\r\n")
     connection.sendall(b"Expect: 100-continue\r\n\r\n")
-    wasyncore.loop(1, map=sockets, count=2)
-    assert not vars(server)["active_channels"]
+    loop.turn(2)
+    assert not loop.channels
     assert "ERROR" not in caplog.text
-    wasyncore.close_all(sockets)
 
 
 def test_connection_that_is_reset_before_the_answer_to_its_expectation_ends_alone(
-    app: Flask, caplog: pytest.LogCaptureFixture
+    loop: Loop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sockets: dict[int, Any] = {}
-    (server,) = create_servers(app, sockets)
-    address: Any = server.getsockname()
-    with socket.create_connection(address) as connection:
-        wasyncore.loop(1, map=sockets, count=1)
+    with loop.connect() as connection:
+        loop.turn()
         connection.sendall(b"PUT / HTTP/1.1\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    wasyncore.loop(1, map=sockets, count=2)
-    assert not vars(server)["active_channels"]
+    loop.turn(2)
+    assert not loop.channels
     assert "ERROR" not in caplog.text
-    wasyncore.close_all(sockets)
 
 
 def test_urgent_data_ends_the_connection(server: Server) -> None:
@@ -459,24 +458,20 @@ def test_urgent_data_ends_the_connection(server: Server) -> None:
 
 @pytest.mark.parametrize("error", [TimeoutError, RuntimeError])
 def test_error_of_a_connection_ends_it_alone(
-    app: Flask, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     def fail(_channel: HTTPChannel) -> None:
         raise error
 
-    sockets: dict[int, Any] = {}
-    (server,) = create_servers(app, sockets)
-    address: Any = server.getsockname()
-    with socket.create_connection(address) as broken, socket.create_connection(address) as other:
+    with loop.connect() as broken, loop.connect() as other:
         with monkeypatch.context() as patch:
             patch.setattr(HTTPChannel, "service", fail)
             broken.sendall(b"GET /health HTTP/1.1\r\n\r\n")
-            wasyncore.loop(0.1, map=sockets, count=4)
+            loop.turn(4, timeout=0.1)
         assert broken.recv(1) == b""
         other.sendall(b"GET /health HTTP/1.1\r\n\r\n")
-        wasyncore.loop(0.1, map=sockets, count=3)
+        loop.turn(3, timeout=0.1)
         assert other.recv(15) == b"HTTP/1.1 200 OK"
-    wasyncore.close_all(sockets)
 
 
 def test_name_of_two_addresses_is_served_on_both(
@@ -540,20 +535,16 @@ def test_client_that_goes_away_leaves_no_traceback(
     assert "Traceback" not in server.stop()
 
 
-def test_idle_connections_have_a_limit_in_time(app: Flask) -> None:
-    sockets: dict[int, Any] = {}
-    (server,) = create_servers(app, sockets)
-    assert (server.adj.channel_timeout, server.adj.cleanup_interval) == (10, 1)
-    address: Any = server.getsockname()
-    with socket.create_connection(address, timeout=30) as connection:
-        wasyncore.loop(1, map=sockets, count=1)
-        (channel,) = vars(server)["active_channels"].values()
+def test_idle_connections_have_a_limit_in_time(loop: Loop) -> None:
+    assert (loop.server.adj.channel_timeout, loop.server.adj.cleanup_interval) == (10, 1)
+    with loop.connect(timeout=30) as connection:
+        loop.turn()
+        (channel,) = loop.channels.values()
         for age in (9, 11):
             assert not channel.will_close
-            server.maintenance(int(channel.last_activity) + age)
-        wasyncore.loop(1, map=sockets, count=1)
+            loop.server.maintenance(int(channel.last_activity) + age)
+        loop.turn()
         assert connection.recv(1) == b""
-    wasyncore.close_all(sockets)
 
 
 @on_both
