@@ -36,6 +36,7 @@ CONFIG = {"provider": "openai", "api_key": API_KEY}
 OTHER = {"provider": "other", "api_key": "other key"}
 OTHER_ENCRYPTION_KEY = b"A" * 43 + b"=\n"
 REMEDY = "Check DATABASE_URL, locks, disk."
+FILES = ["", "-wal", "-shm"]  # of an SQLite database
 
 # Few and always the same examples; `--hypothesis-profile=long` tries many others.
 settings.register_profile("suite", deadline=None, max_examples=150, derandomize=True)
@@ -126,6 +127,14 @@ class Server:
         while not self.lines.empty():
             self.log += self.lines.get()
         return self.log
+
+
+@contextmanager
+def paused(server: Server) -> Iterator[None]:
+    """Keep the server from acting by itself, each second."""
+    server.process.send_signal(signal.SIGSTOP)
+    yield
+    server.process.send_signal(signal.SIGCONT)
 
 
 StartServer = Callable[..., Server]
@@ -328,6 +337,11 @@ def locked(database_url: str) -> Iterator[None]:
         with psycopg.connect(database_url) as connection:
             connection.execute("LOCK TABLE provider_config, credential IN EXCLUSIVE MODE")
             yield
+
+
+def remove_files(folder: Path, *suffixes: str) -> None:
+    for suffix in suffixes or ("-wal", "-shm"):
+        (folder / f"ai-provider.db{suffix}").unlink()
 
 
 @contextmanager
