@@ -256,13 +256,13 @@ def transaction(patience: float = 1) -> Iterator[None]:
     with storage_errors(), lock:
         connection, now = _connection(), monotonic()
         # Requests that find the database locked wait together, not one after the other.
-        if now - extensions.setdefault("waiting_since", now) > 2:
+        if patience and now - extensions.setdefault("waiting_since", now) > 2:
             extensions["waiting_since"] = now
-        milliseconds = round((extensions["waiting_since"] + patience - now) * 1000)
+        milliseconds = round((extensions.get("waiting_since", 0) + patience - now) * 1000)
         try:
             for sql in BEGIN[db.engine.name]:
                 connection.execute(sql.format(max(10, milliseconds)))
-            extensions.pop("waiting_since")
+            extensions.pop("waiting_since", None)
             yield
             connection.commit()
         finally:

@@ -244,6 +244,22 @@ def test_lock_of_long_ago_takes_no_patience_away(
         assert put.result().status_code == 200
 
 
+def test_record_of_the_last_use_takes_no_patience_away(
+    client: FlaskClient,
+    auth_headers: dict[str, str],
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with locked(database_url):
+        client.get(URL, headers=auth_headers)
+    monkeypatch.setattr("database.monotonic", lambda: time.monotonic() + 1.5)
+    with ThreadPoolExecutor(1) as pool:
+        with locked(database_url):
+            put = pool.submit(client.put, URL, json=CONFIG, headers=auth_headers)
+            wait([put], timeout=0.3)
+        assert put.result().status_code == 200
+
+
 def fail_after_the_connection(app: Flask) -> None:
     with app.app_context(), transaction():
         app.extensions["database_file"].connection.close()
