@@ -142,7 +142,7 @@ def _upsert_config(dialect: str) -> sa.Insert:
 
 
 def create_missing() -> None:
-    """Create what is missing, but no key file while something is stored."""
+    """Create the folder and tables if missing, and a key file if nothing is stored."""
     folder = Path(current_app.instance_path)
     is_needed = current_app.config["ENCRYPTION_KEY_FILE"].parent == folder
     with storage_errors(), suppress(FileExistsError if is_needed else OSError):
@@ -151,7 +151,7 @@ def create_missing() -> None:
         if database_file := current_app.extensions.get("database_file"):
             _create_sqlite_file(database_file.path)
         else:
-            # One process at a time: create_all looks first, and creates then.
+            # One process at a time: create_all looks, then creates tables (but no new columns).
             engine = db.engine.execution_options(isolation_level="READ COMMITTED")
             with engine.begin() as connection:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(5741)))  # any number
@@ -168,7 +168,7 @@ def _create_sqlite_file(link: Path) -> None:
         raise StorageError(f"Put the lost {path} back or, to begin anew, move {path}-wal away.")
     folder = os.path.realpath(path.parent, strict=True)
     with NamedTemporaryFile(dir=folder, prefix=f"{path.name}.") as new:
-        if path.exists():
+        if path.exists():  # not before, so that a folder that denies writing is an error
             return
         Path(new.name).chmod(0o600)  # SQLite gives the files beside it the same mode
         engine = sa.create_engine(db.engine.url.set(database=new.name), poolclass=sa.NullPool)
@@ -186,7 +186,7 @@ def report(message: str) -> None:
 @click.argument("file", type=click.Path(path_type=Path, readable=False, allow_dash=True))
 @storage_errors()
 def backup_command(file: Path) -> None:
-    """Back up the database to FILE, or for - to standard output."""
+    """Back up the database to FILE, or - for standard output."""
     database_file, place = _require_sqlite_file(file), Path(os.path.realpath(file))
     folder = None if str(file) == "-" else os.path.realpath(place.parent, strict=True)
     with TemporaryDirectory(dir=folder, prefix=f"{file.name}.") as private_folder:
@@ -212,7 +212,7 @@ def backup_command(file: Path) -> None:
 
 @click.argument("file", type=click.Path(path_type=Path, readable=False, allow_dash=True))
 def restore_command(file: Path) -> None:
-    """Replace the database with the backup FILE, or for - with standard input."""
+    """Restore the database from FILE, or - for standard input."""
     database_file = _require_sqlite_file(file)
     with storage_errors(), TemporaryDirectory() as folder, click.open_file(str(file), "rb") as data:
         present, copy = database_file.connect(), Path(folder, "copy")
