@@ -1,4 +1,4 @@
-"""What is validated: the settings, and the wire with its connections and envelopes."""
+"""What is validated: settings, HTTP connections, and the format of requests and responses."""
 
 import json
 import os
@@ -23,8 +23,8 @@ from database import explain
 NAMES_RULE = "Must be names of 1 to 30 characters in printable ASCII, separated by commas."
 NAMES = validate.Regexp(r"[\s,]*([!-+\--~][ -+\--~]{0,29}\s*(,[\s,]*|\Z))+\Z", error=NAMES_RULE)
 NOT_EMPTY = validate.Length(1, error="Must not be empty. Leave it out for the default.")
-NAME_LENGTH = validate.Length(max=30, error="Must have 1 to 30 characters. Is it the API key?")
-LEVELS = validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
+PROVIDER_LENGTH = validate.Length(max=30, error="Must have 1 to 30 characters. Is it the API key?")
+LOG_LEVELS = validate.OneOf(["DEBUG", "INFO", "WARNING", "ERROR"])
 # What an HTTP header carries unchanged (RFC 9110, section 5.5).
 HEADER_RULE = "Must be printable ASCII, not empty, without line breaks or spaces at its ends."
 HEADER_VALUE = validate.Regexp(r"(?! )[ -~]+(?<! )\Z", error=HEADER_RULE)
@@ -44,7 +44,7 @@ class SettingsSchema(Schema):
     DATABASE_URL = fields.String(load_default="sqlite:///ai-provider.db", validate=NOT_EMPTY)
     ENCRYPTION_KEY_FILE = fields.String(load_default="encryption.key", validate=NOT_EMPTY)
     LISTEN = fields.String(load_default="127.0.0.1:8080", validate=_validate_host_and_port)
-    LOG_LEVEL = fields.String(load_default="INFO", validate=LEVELS)
+    LOG_LEVEL = fields.String(load_default="INFO", validate=LOG_LEVELS)
     TRUSTED_PROXY = fields.IP(load_default="")
 
 
@@ -111,7 +111,7 @@ def _read_environment(root: Path) -> dict[str, str | None]:
     return settings | dict(os.environ.items() - other.items())
 
 
-def _validate_allowed(value: str) -> None:
+def _check_listed(value: str) -> None:
     if allowed := current_app.config["AI_PROVIDERS"]:
         validate.OneOf(allowed, map(repr, allowed), error="Must be one of: {labels}.")(value)
 
@@ -126,7 +126,7 @@ class SecretString(fields.String):
 class ProviderSchema(Schema):
     """A provider configuration, as a PUT sets it and a GET shows it."""
 
-    provider = fields.String(required=True, validate=[NAME_LENGTH, HEADER_VALUE, _validate_allowed])
+    provider = fields.String(required=True, validate=[PROVIDER_LENGTH, HEADER_VALUE, _check_listed])
     api_key = SecretString(required=True, validate=[API_KEY_LENGTH, HEADER_VALUE])
     updated_at = fields.String(dump_only=True)
     updated_by = fields.String(dump_only=True)
@@ -219,7 +219,7 @@ class Server(TcpWSGIServer):
 
 
 def summarize(error: ValidationError) -> str:
-    """Return the names and messages of what is invalid on one line."""
+    """Return the names and messages of what is invalid as one text."""
     fields_and_messages = sorted(error.messages_dict.items())
     return " ".join(f"{field}: {' '.join(messages)}" for field, messages in fields_and_messages)
 
