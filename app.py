@@ -31,11 +31,11 @@ from models import ProviderConfig, backup_command, create_missing, report, resto
 VERSION = "1.1.0"
 ROOT = Path(__file__).resolve().parent
 NOT_SET = "No provider is set."
-STATUS_MESSAGES = {  # for errors that are raised without one
+STATUS_MESSAGES = {  # in place of the descriptions of werkzeug
     401: "Send a valid credential: Authorization: Basic base64(api_key:api_secret) or"
     " Authorization: token api_key:api_secret.",
     404: "The paths are /api/v1/ai/provider, /health and /openapi.yaml.",
-    405: "This path has the methods {allow}.",
+    405: "The allowed methods are {allow}.",
     413: "The body must be at most 64 KiB.",
     500: "The service failed. Its log names the cause.",
 }
@@ -85,7 +85,7 @@ def show_document() -> Response:
 @bp.cli.command("show")
 @click.option("--reveal", is_flag=True, help="Print the plain API key alone.")
 def show_command(reveal: bool) -> None:
-    """Print the configuration, masked."""
+    """Print the configuration, its API key masked."""
     if (config := ProviderConfig.get()) is None:
         raise click.ClickException(NOT_SET)
     if reveal:
@@ -252,7 +252,7 @@ def main() -> None:
     app = create_app()
     with app.app_context():
         create_missing()
-        key_file.inspect()
+        key_file.prepare()
         try:
             ProviderConfig.get()
         except database.StorageError as error:  # a PUT mends it

@@ -74,7 +74,7 @@ class KeyFile:
         self._write(Fernet.generate_key() + b"\n" + self.path.read_bytes(), self.path.stat())
 
     @storage_errors("ENCRYPTION_KEY_FILE: ")
-    def inspect(self) -> None:
+    def prepare(self) -> None:
         """Remove what a killed rotation left; raise StorageError, or warn of others' access."""
         leftover = Path(f"{self.path}.new")
         if os.path.lexists(leftover):  # or another process is about to rename it

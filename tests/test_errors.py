@@ -104,7 +104,7 @@ def test_wrong_method_is_405_with_allow(client: FlaskClient, method: str) -> Non
     assert answer.status_code == 405
     allow = answer.headers["Allow"]
     assert {*allow.split(", ")} == {"DELETE", "GET", "HEAD", "OPTIONS", "PUT"}
-    assert answer.json == failure("InputException", f"This path has the methods {allow}.")
+    assert answer.json == failure("InputException", f"The allowed methods are {allow}.")
 
 
 ERROR_TYPES = {

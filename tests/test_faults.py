@@ -402,7 +402,7 @@ def test_key_file_removed_amid_its_inspection_is_one_clear_line(
 
     monkeypatch.setattr(KeyFile, "read", read_and_remove)
     with app.app_context(), pytest.raises(StorageError) as error:
-        KeyFile().inspect()
+        KeyFile().prepare()
     assert str(error.value) == f"ENCRYPTION_KEY_FILE: {key_file}: No such file or directory."
 
 

@@ -340,7 +340,7 @@ def test_start_beside_a_rotation_leaves_its_copy_of_the_keys_to_it(
 ) -> None:
     def inspect() -> None:
         with app.app_context():
-            KeyFile().inspect()
+            KeyFile().prepare()
 
     leftover = key_file.with_name("encryption.key.new")
     leftover.touch()
