@@ -1,4 +1,4 @@
-"""The database: engine, tables, transactions, the watch over the SQLite file, storage errors."""
+"""The database: engine, statements, transactions, the watch over SQLite's file, its errors."""
 
 import fcntl
 import os
@@ -94,16 +94,16 @@ class DatabaseFile:
         if not self.path.is_file() or not self.path.stat().st_size:
             raise StorageError(f"DATABASE_URL: no database in {self.path}. See Back up in README.")
         with self.alone():
-            is_saved = self._opened and self._close()
+            is_ours = self._opened and self._close()
             self._target = self.path.resolve()
             self._wal, self._shm = (Path(f"{self._target}{end}") for end in ("-wal", "-shm"))
-            inode, kept = self.path.stat().st_ino, [] if is_saved else self._require_wal()
+            inode, kept = self.path.stat().st_ino, [] if is_ours else self._require_wal()
             try:
                 can_write = self._open(inode)
                 present = self._state()
                 # Otherwise one connection may have a removed or replaced file, the other a new one.
                 if [inode, *kept] == present[2:]:
-                    # 0 stands for a file that was removed, or can only be read: no state has it.
+                    # 0, which no file has, stands for one that was removed or can only be read.
                     self._opened = [*present, 0, 0][:5] if can_write else [0]
                     return self.connection
             finally:
@@ -199,7 +199,7 @@ class DatabaseFile:
 
     def _open(self, inode: int) -> bool:
         if not self._wal.exists():
-            # Only a writer rolls a journal back; one that may not write leaves a -wal of that mode.
+            # Only a writer rolls a journal back; a reader leaves a -wal that nobody can write to.
             with self.path.open("r+b"), closing(self._connect("rw")) as writer:
                 writer.executescript("PRAGMA journal_mode = WAL")
         self.connection: sqlite3.Connection = self._connect("rw")
@@ -241,7 +241,7 @@ def _compile_statement(statement: sa.ReturnsRows, dialect: sa.Dialect) -> tuple[
 
 
 def execute(statement: sa.ReturnsRows, **parameters: object) -> list[Any]:
-    """Return the rows of a statement; raise StorageError."""
+    """Return the rows of a statement, which writes in a transaction only; raise StorageError."""
     sql, defaults, row_type = _compile_statement(statement, db.engine.dialect)
     with storage_errors(), lock:
         # Not by SQLAlchemy, which costs as much as all the rest; so no column's default applies.

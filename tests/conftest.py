@@ -75,7 +75,7 @@ class Server:
             raise
 
     def read_log(self) -> None:
-        """Take the log from the process, line by line, and an empty one at its end."""
+        """Queue the log line by line, then an empty string at its end."""
         assert self.process.stdout
         assert self.process.stderr
         with self.process.stdout, self.process.stderr as stream:
@@ -171,7 +171,7 @@ def postgresql(testrun_uid: str, worker_id: str) -> Iterator[str]:
 
 @contextmanager
 def start_postgresql(name: str) -> Iterator[PostgresServer]:
-    # Not in pytest's folder, which each further pytest closes to the user that root's servers have.
+    # Not in pytest's folder: each run denies it to the user that root's server runs as.
     path = Path(tempfile.gettempdir(), f"postgresql-{name}")
     # Root's first process creates that user, and the last one removes the server's folder.
     with (PostgresServer.runtime_path / "postgresql.lock").open("w") as lock:  # beside its own

@@ -186,7 +186,7 @@ def catches_interrupt(pid: int) -> bool:
 def test_interrupt_of_the_start_has_no_traceback(delay: float) -> None:
     process = start_interpreter("app.py")
     while not catches_interrupt(process.pid):
-        """Python itself starts."""
+        assert process.poll() is None  # Python itself starts
     for _ in range(10_000):  # Python starts to read the module; or has, unseen
         if not catches_interrupt(process.pid):
             break
