@@ -197,11 +197,13 @@ class DatabaseFile:
         self._opened[:1] = self._state()[:1] or self._opened[:1]  # it may be away, and come back
         return fault
 
+            # EXPLAIN fails if a table is missing: another program's database keeps its mode.
+            tables = Base.metadata.sorted_tables
     def _open(self, inode: int) -> bool:
         if not self._wal.exists():
             # Only a writer rolls a journal back; a reader leaves a -wal that nobody can write to.
             with self.path.open("r+b"), closing(self._connect("rw")) as writer:
-                writer.executescript("PRAGMA journal_mode = WAL")
+                writer.executescript(f"EXPLAIN {sa.select(*tables)}; PRAGMA journal_mode = WAL")
         self.connection: sqlite3.Connection = self._connect("rw")
         self._reader, self._opened = self._connect("ro"), [0]  # closed even if what follows fails
         if self.path.stat().st_ino != inode:  # the -wal beside it is not its own

@@ -20,6 +20,7 @@ from conftest import (
     StartApp,
     StartServer,
     close_database,
+    flask,
     locked,
     paused,
     remove_files,
@@ -315,3 +316,21 @@ def test_database_that_cannot_be_opened_is_closed(app: Flask, tmp_path: Path) ->
     close_database(app)
     open_files = map(os.path.realpath, Path("/proc/self/fd").iterdir())
     assert str(tmp_path / "ai-provider.db") not in open_files
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["provider show", "credentials create", "backup -", "restore -"],
+)
+def test_database_of_another_program_is_left_as_it_is(tmp_path: Path, command: str) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    database = folder / "other.db"
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("CREATE TABLE other (name)")
+    before = database.read_bytes()
+    status, shown, error = flask(*command.split(), DATABASE_URL=f"sqlite:///{database}")
+    assert (status, shown) == (1, "")
+    assert error.startswith("Error: Database error: no such table: ")
+    assert database.read_bytes() == before
+    assert [*folder.iterdir()] == [database]
