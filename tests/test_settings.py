@@ -52,7 +52,10 @@ BAD_DATABASE_URLS = [
 ]
 DATABASE_URLS = {
     "nonsense": BAD_DATABASE_URL,
-    "sqlite:////nowhere/x.db": "DATABASE_URL: no database in /nowhere/x.db. See Back up in README.",
+    "sqlite:////nowhere/x.db": (
+        "DATABASE_URL: no database in /nowhere/x.db."
+        " The first start creates it. If there was one, see Back up in README."
+    ),
     "postgresql://user:SECRET@127.0.0.1:1/db": (
         'Database error: connection failed: connection to server at "127.0.0.1", port 1'
         f" failed: Connection refused. {REMEDY}"
