@@ -6,6 +6,7 @@ import sqlite3
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
@@ -46,13 +47,9 @@ def init_app(app: Flask) -> None:
         raise StorageError("PostgreSQL needs: .venv/bin/pip install 'psycopg[binary]'") from error
     url = app.config["SQLALCHEMY_ENGINE_OPTIONS"]["url"]
     if url.drivername == "sqlite":
-        app.extensions["database_file"] = database_file = DatabaseFile(Path(url.database))
+        app.extensions["database_file"] = database_file = DatabaseFile(app, Path(url.database))
         if context := click.get_current_context(silent=True):
-
-            @context.call_on_close
-            def _close_file() -> None:
-                with app.app_context(), storage_errors():
-                    database_file.close()
+            context.call_on_close(database_file.close)
 
 
 @contextmanager
@@ -79,13 +76,13 @@ def explain(error: OSError) -> str:
     return f"{fault} {owner}; this process runs as user {os.geteuid()}."
 
 
+@dataclass
 class DatabaseFile:
     """The SQLite file under watch: SQLite would go on writing to files that were removed."""
 
-    def __init__(self, path: Path) -> None:
-        """Open nothing before the first statement."""
-        self.path = path
-        self._opened: list[int] = []  # the state of what is open, as _state returns it
+    app: Flask
+    path: Path
+    _opened: list[int] = field(default_factory=list, init=False)  # what is open, as of _state
 
     def connect(self) -> sqlite3.Connection:
         """Return a connection to the files that are in place now."""
@@ -159,17 +156,16 @@ class DatabaseFile:
         raise StorageError(f"{self.path} is in use without -wal or -shm. Try again in 2 seconds.")
 
     def close(self) -> None:
-        """Close, after saving what only the -wal has."""
+        """Close, after saving what only the -wal has; raise StorageError."""
         if self._opened:
-            with self.alone():
+            with self.app.app_context(), storage_errors(), self.alone():
                 self._close()
 
     def _close(self) -> bool:
-        # Return whether the database is as this process left it. Then, and while it is away (it may
-        # come back, with the same inode), what only the -wal has is saved first.
+        # Return whether the database is as this process left it; save first what only the -wal has.
         present = self._state()
         is_ours = present[:3] == self._opened[:3]
-        if is_ours or (not present and self._opened[1:]):
+        if is_ours or (not present and self._opened[1:]):  # or it may come back with its inode
             fault = self._checkpoint("TRUNCATE" if present else "RESTART")  # which keeps the -wal
             if is_ours and present[3:] != self._opened[3:]:
                 if fault:
@@ -198,11 +194,11 @@ class DatabaseFile:
         self._opened[:1] = self._state()[:1] or self._opened[:1]  # it may be away, and come back
         return fault
 
-            # EXPLAIN fails if a table is missing: another program's database keeps its mode.
-            tables = Base.metadata.sorted_tables
     def _open(self, inode: int) -> bool:
         if not self._wal.exists():
             # Only a writer rolls a journal back; a reader leaves a -wal that nobody can write to.
+            # EXPLAIN fails if a table is missing: another program's database keeps its mode.
+            tables = Base.metadata.sorted_tables
             with self.path.open("r+b"), closing(self._connect("rw")) as writer:
                 writer.executescript(f"EXPLAIN {sa.select(*tables)}; PRAGMA journal_mode = WAL")
         self.connection: sqlite3.Connection = self._connect("rw")

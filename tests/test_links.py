@@ -82,14 +82,14 @@ def lead_elsewhere_in_a_transaction(link: Path) -> None:
         lead_elsewhere(link)
 
 
-def test_folder_where_a_link_leads_is_locked(tmp_path: Path) -> None:
+def test_folder_where_a_link_leads_is_locked(app: Flask, tmp_path: Path) -> None:
     link = tmp_path / "links" / "link.db"
     link.parent.mkdir()
     link.symlink_to(tmp_path / "ai-provider.db")
     folder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     refusal = pytest.raises(StorageError, match="Another program locks the folder")
-    with refusal, DatabaseFile(link).alone(tries=1):
+    with refusal, DatabaseFile(app, link).alone(tries=1):
         pass
     os.close(folder)
 
