@@ -195,7 +195,7 @@ def test_backup_is_restored_on_another_machine(
     server = start_server(Fork(serve_beside, other))
     assert server.get(credential).status == 401
     shown = run_block("restore -", other)
-    assert "Put the right file back" in shown
+    assert "Restore it (see README)" in shown
     replaced = (other / "instance" / "encryption.key").read_bytes()
     run_block("key.copy", other)
     assert server.get(credential).body == before
