@@ -180,7 +180,7 @@ def _create_sqlite_file(link: Path) -> None:
 
 def report(message: str) -> None:
     """Say what a command changed, and why the log of the service does not."""
-    click.echo(f"{message} (Not in the service's log, which is its own standard error.)", err=True)
+    click.echo(f"{message} (Not logged: only the service writes to its log.)", err=True)
 
 
 @click.argument("file", type=click.Path(path_type=Path, readable=False, allow_dash=True))

@@ -368,7 +368,7 @@ def forget_last_use(database_url: str) -> None:
 
 def reported(message: str) -> str:
     """Return what a command prints of a change."""
-    return f"{message} (Not in the service's log, which is its own standard error.)\n"
+    return f"{message} (Not logged: only the service writes to its log.)\n"
 
 
 def flask(*arguments: str, **settings: str) -> tuple[int, str, str]:
