@@ -28,6 +28,7 @@ from conftest import (
     flask,
     locked,
     on_both,
+    stored,
 )
 from cryptography.fernet import Fernet
 from flask import Flask
@@ -422,3 +423,25 @@ def test_options_in_the_address_of_postgresql_are_kept(
     setting = sa.select(sa.func.current_setting("statement_timeout").label("value"))
     with start_app().app_context():
         assert execute(setting) == [("7s",)]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_column_that_gets_another_type_is_no_error(app: Flask, database_url: str) -> None:
+    with app.app_context():
+        ProviderConfig.put("openai", "key", "author")
+    for _ in range(10):  # psycopg would have prepared the statement by then
+        before = stored(app)
+    with psycopg.connect(database_url) as connection:
+        connection.execute("ALTER TABLE provider_config ALTER provider TYPE varchar(140)")
+    assert before
+    assert stored(app) == before
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_server_of_postgresql_that_vanishes_is_noticed_within_seconds(app: Flask) -> None:
+    with app.app_context():
+        connection = db.session.connection().connection.driver_connection
+        assert connection
+        parameters = connection.info.get_parameters()
+    names = ("connect_timeout", "tcp_user_timeout", "keepalives_idle", "keepalives_interval")
+    assert [parameters[name] for name in names] == ["2", "4000", "2", "2"]
