@@ -98,6 +98,8 @@ class KeyFile:
             if replaced:  # by root, perhaps, for the user who runs the service
                 os.chown(new, replaced.st_uid, replaced.st_gid)
                 new.chmod(replaced.st_mode)
+                if not os.path.samestat(replaced, self.path.stat()):  # by who lacks the lock
+                    raise StorageError(f"ENCRYPTION_KEY_FILE: {self.path} was replaced meanwhile.")
                 new.replace(self.path)
             else:
                 os.link(new, self.path)

@@ -36,7 +36,7 @@ from hypothesis import settings
 from processes import run
 
 from database import StorageError
-from encryption import KeyFile
+from encryption import KeyFile, sync
 from models import ProviderConfig
 
 
@@ -219,6 +219,22 @@ def test_rotation_of_a_garbled_key_file_changes_nothing(
     assert (result.exit_code, result.stdout) == (1, "")
     assert f"Error: ENCRYPTION_KEY_FILE: {key_file}: not one Fernet key per line." in result.stderr
     assert key_file.read_bytes() == b"garbled"
+
+
+def test_rotation_leaves_a_key_file_that_was_replaced_meanwhile(
+    app: Flask, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace_key_file_and_sync(path: Path) -> None:
+        other = key_file.with_name("other")
+        other.write_bytes(OTHER_ENCRYPTION_KEY)
+        other.replace(key_file)
+        sync(path)
+
+    monkeypatch.setattr("encryption.sync", replace_key_file_and_sync)
+    with app.app_context(), pytest.raises(StorageError, match="was replaced meanwhile"):
+        KeyFile().add_key()
+    assert key_file.read_bytes() == OTHER_ENCRYPTION_KEY
+    assert {*key_file.parent.glob("encryption*")} == {key_file}
 
 
 def test_rotation_is_on_disk_with_its_folder(
