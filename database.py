@@ -59,7 +59,7 @@ def storage_errors(prefix: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"{prefix}{explain(error)}") from error
-    except (sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error) as error:
+    except (sa.exc.DBAPIError, db.engine.dialect.loaded_dbapi.Error, UnicodeError) as error:
         cause = str(getattr(error, "orig", error)).partition("\n")[0]  # others may show the row
         raise StorageError(f"Database error: {cause}. Check DATABASE_URL, locks, disk.") from error
 

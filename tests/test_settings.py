@@ -75,6 +75,17 @@ def test_bad_database_url_is_one_clear_line(url: str, message: str) -> None:
     assert flask("credentials", "list", DATABASE_URL=url) == (1, "", f"Error: {message}\n")
 
 
+def test_host_name_that_cannot_be_is_one_clear_line() -> None:
+    url = "postgresql://user:SECRET@a..b/db"
+    for status, shown, error in (
+        run(serve, DATABASE_URL=url),
+        flask("provider", "show", DATABASE_URL=url),
+    ):
+        assert (status, shown, error.count("\n")) == (1, "", 1)
+        assert error.startswith("Error: Database error: ")
+        assert "SECRET" not in error
+
+
 NO_SETTING = "Unknown name, or not NAME=value."
 RULES = {
     "AI_PROVIDERS": "Must be names of 1 to 30 characters in printable ASCII, separated by commas.",
