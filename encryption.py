@@ -95,9 +95,8 @@ class KeyFile:
             new.chmod(0o600)  # whatever the umask
             new.write_bytes(keys)
             sync(new)
-            if replaced:
-                with suppress(PermissionError):  # root alone may give it to another user or group
-                    os.chown(new, replaced.st_uid, replaced.st_gid)
+            if replaced:  # by root, perhaps, for the user who runs the service
+                os.chown(new, replaced.st_uid, replaced.st_gid)
                 new.chmod(replaced.st_mode)
                 if not os.path.samestat(replaced, self.path.stat()):  # by who lacks the lock
                     raise StorageError(f"ENCRYPTION_KEY_FILE: {self.path} was replaced meanwhile.")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import killer
 import pytest
@@ -19,7 +18,6 @@ from conftest import (
     OTHER_ENCRYPTION_KEY,
     URL,
     Server,
-    StartApp,
     StartServer,
     create_credential,
     file_size_limit,
@@ -35,7 +33,7 @@ from cryptography.fernet import MultiFernet
 from flask import Flask
 from flask.testing import FlaskClient, FlaskCliRunner
 from hypothesis import settings
-from processes import run, without_privileges
+from processes import run
 
 from database import StorageError
 from encryption import KeyFile, sync
@@ -75,20 +73,6 @@ def test_rotation_keeps_the_owner_of_the_key_file(runner: FlaskCliRunner, key_fi
     os.chown(key_file, owner, group)
     assert runner.invoke(args=["provider", "rotate-key"]).exit_code == 0
     assert (key_file.stat().st_uid, key_file.stat().st_gid) == (owner, group)
-
-
-def test_key_file_of_another_user_is_rotated(
-    start_app: StartApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with TemporaryDirectory() as folder:
-        Path(folder).chmod(0o777)
-        key = Path(folder, "encryption.key")
-        key.write_bytes(OTHER_ENCRYPTION_KEY)
-        key.chmod(0o640)
-        monkeypatch.setenv("ENCRYPTION_KEY_FILE", str(key))
-        with start_app().app_context(), without_privileges():
-            KeyFile().add_key()
-        assert (len(key.read_bytes().split()), key.stat().st_mode) == (2, 0o100640)
 
 
 def test_rotation_before_the_first_put_adds_a_key(runner: FlaskCliRunner, key_file: Path) -> None:
