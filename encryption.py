@@ -65,13 +65,13 @@ class KeyFile:
     def create(self) -> None:
         """Generate the file, unless anything has its name, within the caller's transaction."""
         if not os.path.lexists(self.path):
-            self._write(Fernet.generate_key() + b"\n")
+            self._write()
             current_app.logger.warning("Generated encryption key file %s.", self.path)
 
     def add_key(self) -> None:
         """Put a new key before the others, within the caller's transaction; raise StorageError."""
         self.read()
-        self._write(Fernet.generate_key() + b"\n" + self.path.read_bytes(), self.path.stat())
+        self._write(self.path.read_bytes())
 
     @storage_errors("ENCRYPTION_KEY_FILE: ")
     def prepare(self) -> None:
@@ -86,23 +86,24 @@ class KeyFile:
                 current_app.logger.warning("Others can access keys. Run: chmod 600 %s", self.path)
 
     @storage_errors("ENCRYPTION_KEY_FILE: ")
-    def _write(self, keys: bytes, replaced: os.stat_result | None = None) -> None:
-        # Writes all or nothing, and replaces no file but the one whose state is given.
+    def _write(self, former: bytes | None = None) -> None:
+        # Writes all or nothing: a new key before the former ones, in place of their file alone.
         new = Path(os.path.realpath(self.path.parent, strict=True), f"{self.path.name}.new")
         try:
             new.unlink(missing_ok=True)  # a killed creation leaves a link to the key file itself
             new.touch(0o600)
             new.chmod(0o600)  # whatever the umask
-            new.write_bytes(keys)
+            new.write_bytes(Fernet.generate_key() + b"\n" + (former or b""))
             sync(new)
-            if replaced:  # by root, perhaps, for the user who runs the service
-                os.chown(new, replaced.st_uid, replaced.st_gid)
-                new.chmod(replaced.st_mode)
-                if not os.path.samestat(replaced, self.path.stat()):  # by who lacks the lock
-                    raise StorageError(f"ENCRYPTION_KEY_FILE: {self.path} was replaced meanwhile.")
-                new.replace(self.path)
-            else:
+            if former is None:
                 os.link(new, self.path)
+            else:
+                status = self.path.stat()  # it is root, perhaps, who replaces it for the service
+                os.chown(new, status.st_uid, status.st_gid)
+                new.chmod(status.st_mode)
+                if self.path.read_bytes() != former:  # another has written without the lock
+                    raise StorageError(f"ENCRYPTION_KEY_FILE: {self.path} was changed meanwhile.")
+                new.replace(self.path)
             sync(new.parent)
         finally:
             new.unlink(missing_ok=True)

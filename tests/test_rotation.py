@@ -221,19 +221,35 @@ def test_rotation_of_a_garbled_key_file_changes_nothing(
     assert key_file.read_bytes() == b"garbled"
 
 
-def test_rotation_leaves_a_key_file_that_was_replaced_meanwhile(
-    app: Flask, key_file: Path, monkeypatch: pytest.MonkeyPatch
+def replace_key_file(key_file: Path) -> None:
+    other = key_file.with_name("other")
+    other.write_bytes(OTHER_ENCRYPTION_KEY)
+    other.replace(key_file)
+
+
+def replace_key_file_twice(key_file: Path) -> None:
+    replace_key_file(key_file)
+    replace_key_file(key_file)  # which may have the inode of the first one again
+
+
+def append_key(key_file: Path) -> None:
+    with key_file.open("ab") as file:
+        file.write(OTHER_ENCRYPTION_KEY)
+
+
+@pytest.mark.parametrize("change", [replace_key_file, replace_key_file_twice, append_key])
+def test_rotation_leaves_a_key_file_that_was_changed_meanwhile(
+    app: Flask, key_file: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
-    def replace_key_file_and_sync(path: Path) -> None:
-        other = key_file.with_name("other")
-        other.write_bytes(OTHER_ENCRYPTION_KEY)
-        other.replace(key_file)
+    def change_and_sync(path: Path) -> None:
+        if path.name == "encryption.key.new":
+            change(key_file)
         sync(path)
 
-    monkeypatch.setattr("encryption.sync", replace_key_file_and_sync)
-    with app.app_context(), pytest.raises(StorageError, match="was replaced meanwhile"):
+    monkeypatch.setattr("encryption.sync", change_and_sync)
+    with app.app_context(), pytest.raises(StorageError, match="was changed meanwhile"):
         KeyFile().add_key()
-    assert key_file.read_bytes() == OTHER_ENCRYPTION_KEY
+    assert key_file.read_bytes().endswith(OTHER_ENCRYPTION_KEY)
     assert {*key_file.parent.glob("encryption*")} == {key_file}
 
 
