@@ -197,10 +197,10 @@ class DatabaseFile:
     def _open(self, inode: int) -> bool:
         if not self._wal.exists():
             # Only a writer rolls a journal back; a reader leaves a -wal that nobody can write to.
-            # EXPLAIN fails if a table is missing: another program's database keeps its mode.
-            tables = Base.metadata.sorted_tables
+            # EXPLAIN fails if the table is missing: another program's database keeps its mode.
+            select = sa.table("provider_config", sa.column("id")).select()
             with self.path.open("r+b"), closing(self._connect("rw")) as writer:
-                writer.executescript(f"EXPLAIN {sa.select(*tables)}; PRAGMA journal_mode = WAL")
+                writer.executescript(f"EXPLAIN {select}; PRAGMA journal_mode = WAL")
         self.connection: sqlite3.Connection = self._connect("rw")
         self._reader, self._opened = self._connect("ro"), [0]  # closed even if what follows fails
         if self.path.stat().st_ino != inode:  # the -wal beside it is not its own

@@ -320,6 +320,22 @@ def test_restore_replaces_a_damaged_page(
 
 
 @pytest.mark.parametrize(
+    "loss",
+    ["DROP TABLE credential", "ALTER TABLE credential DROP COLUMN last_used_at"],
+)
+def test_restore_replaces_a_database_that_is_not_whole(
+    app: Flask, runner: FlaskCliRunner, tmp_path: Path, backup: Path, loss: str
+) -> None:
+    close_database(app)
+    with closing(sqlite3.connect(tmp_path / "ai-provider.db")) as database:
+        database.execute(loss)
+    assert runner.invoke(args=["restore", str(backup)]).exit_code == 0
+    config = stored(app)
+    assert config
+    assert config.provider == "first"
+
+
+@pytest.mark.parametrize(
     ("command", "refusal"),
     [
         ("backup", f"{{database}} is {UNUSABLE}"),
