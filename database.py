@@ -89,7 +89,7 @@ class DatabaseFile:
         if self._opened and self._state() == self._opened:
             return self.connection
         if not self.path.is_file() or not self.path.stat().st_size:
-            hint = "The first start creates it. If there was one, see Back up in README."
+            hint = "A start creates a missing one. If there was one, see Back up in README."
             raise StorageError(f"DATABASE_URL: no database in {self.path}. {hint}")
         with self.alone():
             is_ours = self._opened and self._close()
