@@ -76,7 +76,7 @@ def explain(error: OSError) -> str:
     return f"{fault} {owner}; this process runs as user {os.geteuid()}."
 
 
-@dataclass
+@dataclass(eq=False)
 class DatabaseFile:
     """The SQLite file under watch: SQLite would go on writing to files that were removed."""
 
@@ -240,7 +240,7 @@ def _compile_statement(statement: sa.ReturnsRows, dialect: sa.Dialect) -> tuple[
 
 
 def execute(statement: sa.ReturnsRows, **parameters: object) -> list[Any]:
-    """Return the rows of a statement, which writes in a transaction only; raise StorageError."""
+    """Return the rows of a statement, in a transaction if it writes; raise StorageError."""
     sql, defaults, row_type = _compile_statement(statement, db.engine.dialect)
     with storage_errors(), lock:
         # Not by SQLAlchemy, which costs as much as all the rest; so no column's default applies.
@@ -257,7 +257,7 @@ def transaction(patience: float = 1) -> Iterator[None]:
         # Requests that find the database locked wait together, not one after the other.
         if patience and now - extensions.setdefault("waiting_since", now) > 2:
             extensions["waiting_since"] = now
-        milliseconds = round((extensions.get("waiting_since", 0) + patience - now) * 1000)
+        milliseconds = round((extensions.get("waiting_since", now) + patience - now) * 1000)
         try:
             for sql in BEGIN[db.engine.name]:
                 connection.execute(sql.format(max(10, milliseconds)))

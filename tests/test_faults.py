@@ -391,7 +391,7 @@ def test_unwritable_database_still_shows_what_is_set(
     assert client.put(URL, json=large, headers=auth_headers).status_code == 200
 
 
-def test_key_file_removed_amid_its_inspection_is_one_clear_line(
+def test_key_file_removed_amid_a_start_is_one_clear_line(
     app: Flask, key_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = KeyFile.read

@@ -370,7 +370,7 @@ def test_copy_of_the_keys_that_a_killed_rotation_left_is_removed_by_a_start(
 def test_start_beside_a_rotation_leaves_its_copy_of_the_keys_to_it(
     app: Flask, key_file: Path, database_url: str
 ) -> None:
-    def inspect() -> None:
+    def prepare() -> None:
         with app.app_context():
             KeyFile().prepare()
 
@@ -378,10 +378,10 @@ def test_start_beside_a_rotation_leaves_its_copy_of_the_keys_to_it(
     leftover.touch()
     with ThreadPoolExecutor() as pool:
         with locked(database_url):
-            inspection = pool.submit(inspect)
-            wait([inspection], timeout=0.3)
+            preparation = pool.submit(prepare)
+            wait([preparation], timeout=0.3)
             leftover.replace(key_file.with_name("renamed"))
-        inspection.result()
+        preparation.result()
 
 
 EVERY = 1 if settings.get_current_profile_name() == "long" else 5

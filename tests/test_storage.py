@@ -438,7 +438,7 @@ def test_column_that_gets_another_type_is_no_error(app: Flask, database_url: str
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_server_of_postgresql_that_vanishes_is_noticed_within_seconds(app: Flask) -> None:
+def test_connections_to_postgresql_have_short_timeouts(app: Flask) -> None:
     with app.app_context():
         connection = db.session.connection().connection.driver_connection
         assert connection
