@@ -142,12 +142,18 @@ def test_files_removed_before_a_save_lose_no_write_of_another_process(
     assert start_server().get(credential).body["data"]["provider"] == "other"
 
 
-def test_files_removed_twice_lose_no_write_of_another_process(
-    start_server: StartServer, credential: str, tmp_path: Path
-) -> None:
+@pytest.fixture
+def servers(start_server: StartServer, credential: str) -> list[Server]:
+    """Start two, through each of which the provider has been set."""
     servers = [start_server(), start_server()]
     for server in servers:
         server.put(CONFIG, credential)
+    return servers
+
+
+def test_files_removed_twice_lose_no_write_of_another_process(
+    servers: list[Server], credential: str, tmp_path: Path
+) -> None:
     with paused(servers[0]):
         servers[1].get(credential)
         remove_files(tmp_path)
@@ -224,11 +230,8 @@ def test_older_copy_of_the_wal_does_not_undo_a_write(
 
 
 def test_removed_wal_is_saved_while_another_process_has_it_open(
-    start_server: StartServer, credential: str, tmp_path: Path
+    start_server: StartServer, servers: list[Server], credential: str, tmp_path: Path
 ) -> None:
-    servers = [start_server(), start_server()]
-    for server in servers:
-        server.put(CONFIG, credential)
     with paused(servers[1]):
         servers[0].get(credential)
         (tmp_path / "ai-provider.db-wal").unlink()
@@ -244,11 +247,8 @@ def test_removed_wal_is_saved_while_another_process_has_it_open(
 
 
 def test_removed_shm_loses_no_write_of_another_process(
-    start_server: StartServer, credential: str, tmp_path: Path
+    servers: list[Server], credential: str, tmp_path: Path
 ) -> None:
-    servers = [start_server(), start_server()]
-    for server in servers:
-        server.put(CONFIG, credential)
     with paused(servers[1]):
         servers[0].get(credential)
         (tmp_path / "ai-provider.db-shm").unlink()
