@@ -82,7 +82,7 @@ class DatabaseFile:
 
     app: Flask
     path: Path
-    _opened: list[int] = field(default_factory=list, init=False)  # what is open, as of _state
+    _opened: list[int] = field(default_factory=list, init=False)  # the _state of what is open
 
     def connect(self) -> sqlite3.Connection:
         """Return a connection to the files that are in place now."""
@@ -165,7 +165,7 @@ class DatabaseFile:
         # Return whether the database is as this process left it; save first what only the -wal has.
         present = self._state()
         is_ours = present[:3] == self._opened[:3]
-        if is_ours or (not present and self._opened[1:]):  # or it may come back with its inode
+        if is_ours or (not present and self._opened[1:]):  # away, it may come back
             fault = self._checkpoint("TRUNCATE" if present else "RESTART")  # which keeps the -wal
             if is_ours and present[3:] != self._opened[3:]:
                 if fault:

@@ -78,7 +78,7 @@ def _engine_options(database_url: str, folder: Path) -> dict[str, Any]:
             # Whatever the server's own settings: what is acknowledged is on disk, text is UTF-8.
             session = f"{url.query.get('options', '')} -c lock_timeout=2s -c synchronous_commit=on"
             limits = {"connect_timeout": 2, "tcp_user_timeout": 4000, "client_encoding": "utf8"}
-            # For a server that vanishes amid a statement, and tables that are replaced.
+            # A server may vanish amid a statement; a prepared one fails after a pg_restore.
             limits |= {"keepalives_idle": 2, "keepalives_interval": 2, "prepare_threshold": None}
             options = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
             # The server may have been restarted since the last request.
