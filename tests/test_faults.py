@@ -358,7 +358,9 @@ def test_lost_database_is_an_error_until_it_returns(
     log = server.stop()
     path = folder / "ai-provider.db"
     cause = f"(no database in {path}|{path} is unusable)"
-    assert len(re.findall(rf"ERROR DATABASE_URL: {cause}\. .*ee Back up in README\.\n", log)) == 3
+    assert (
+        len(re.findall(rf"ERROR DATABASE_URL: {cause}\. .*[Ss]ee Back up in README\.\n", log)) == 3
+    )
     assert start_server().get(credential).body["data"]["provider"] == "other"
 
 
