@@ -89,6 +89,8 @@ class DatabaseFile:
         if self._opened and self._state() == self._opened:
             return self.connection
         if not self.path.is_file() or not self.path.stat().st_size:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                self.path.stat()  # raises PermissionError, which is_file hides since Python 3.14
             hint = "A start creates a missing one. If there was one, see Back up in README."
             raise StorageError(f"DATABASE_URL: no database in {self.path}. {hint}")
         with self.alone():
@@ -104,8 +106,7 @@ class DatabaseFile:
                     # 0, which no file has, stands for one that was removed or can only be read.
                     self._opened = [*present, 0, 0][:5] if can_write else [0]
                     return self.connection
-            finally:
-                # Others would mistake a file that was made here for the one that was removed.
+            finally:  # others would mistake a file that was made here for the one that was removed
                 for path, before in zip((self._wal, self._shm), kept, strict=False):
                     if path.exists() and path.lstat().st_ino != before:
                         path.unlink()
