@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 from contextlib import closing
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,7 @@ def test_link_to_a_copy_with_the_same_inodes_is_noticed(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", stat_file_system)
+        patch.setattr(Path, "lstat", partialmethod(stat_file_system, follow_symlinks=False))
         link.unlink()
         link.symlink_to(snapshot)
         with app.app_context():
