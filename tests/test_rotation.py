@@ -287,8 +287,9 @@ def test_key_is_on_disk_before_anything_is_encrypted_with_it(
 
 
 def test_keys_are_synced_once_and_where_a_link_leads(
-    app: Flask, key_file: Path, synced: list[str]
+    app: Flask, key_file: Path, synced: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("encryption.time", lambda: key_file.stat().st_ctime + 1)
     link = key_file.with_name("links") / "link"
     link.parent.mkdir()
     link.symlink_to(key_file)

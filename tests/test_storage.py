@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
+from time import time
 from typing import Any
 
 import psycopg
@@ -86,6 +87,24 @@ def test_get_without_the_right_key_says_so_and_what_to_do(
     assert str(key_file) in caplog.messages[-1]
     key_file.write_bytes(key)
     assert client.get(URL, headers=auth_headers).status_code == 200
+
+
+def test_other_keys_within_the_same_time_are_read(
+    app: Flask, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    def stat_before_linux_6_13(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        times = {"st_ctime": time(), "st_ctime_ns": 0}
+        return os.stat_result(stat(path, follow_symlinks=follow_symlinks)[:10], times)
+
+    monkeypatch.setattr(Path, "stat", stat_before_linux_6_13)
+    token = Fernet(OTHER_ENCRYPTION_KEY).encrypt(b"text")
+    keys = encryption.KeyFile()
+    with app.app_context():
+        keys.read()
+        key_file.write_bytes(OTHER_ENCRYPTION_KEY)
+        assert keys.read().decrypt(token) == b"text"
 
 
 @on_both
