@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
-from time import monotonic, sleep, time
+from time import monotonic, sleep, time, time_ns
 from typing import Any
 
 import click
@@ -190,16 +190,16 @@ class DatabaseFile:
         except sqlite3.Error as error:  # the -wal keeps all
             fault = str(error)
         with suppress(OSError):
-            if fault:  # a part of it has changed the time, by which other processes know theirs
-                os.utime(self.path, ns=(self._opened[0], self._opened[0]))
+            if self._state()[:1] != self._opened[:1]:  # by its time, a process knows its database
+                stamp = self._opened[0] if fault else time_ns()  # Linux < 6.13 has one each 4 ms
+                os.utime(self.path, ns=(stamp, stamp))
         self._opened[:1] = self._state()[:1] or self._opened[:1]  # it may be away, and come back
         return fault
 
     def _open(self, inode: int) -> bool:
         if not self._wal.exists():
             # Only a writer rolls a journal back; a reader leaves a -wal that nobody can write to.
-            # EXPLAIN fails if the table is missing: another program's database keeps its mode.
-            select = sa.table("provider_config", sa.column("id")).select()
+            select = sa.table("provider_config", sa.column("id")).select()  # fails if not ours
             with self.path.open("r+b"), closing(self._connect("rw")) as writer:
                 writer.executescript(f"EXPLAIN {select}; PRAGMA journal_mode = WAL")
         self.connection: sqlite3.Connection = self._connect("rw")

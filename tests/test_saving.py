@@ -35,14 +35,15 @@ def test_change_is_soon_in_the_database_itself(app: Flask, tmp_path: Path) -> No
     assert b"openai" in (tmp_path / "ai-provider.db").read_bytes()
 
 
-def test_save_gives_the_database_a_new_time(app: Flask, tmp_path: Path) -> None:
-    database = tmp_path / "ai-provider.db"
-    close_database(app)
-    os.utime(database, (0, 0))
+def test_save_gives_the_database_the_time_of_the_clock(
+    app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with app.app_context():
         ProviderConfig.put("openai", "key", "author")
+    # The kernel's time may be that of the write before.
+    monkeypatch.setattr("database.time_ns", lambda: 1234567891)
     app.extensions["database_file"].save()
-    assert database.stat().st_mtime > 0
+    assert (tmp_path / "ai-provider.db").stat().st_mtime_ns == 1234567891
 
 
 def test_maintenance_does_not_wait_for_a_locked_folder(
