@@ -146,6 +146,13 @@ def test_level_of_the_log_is_accepted(level: str) -> None:
     assert flask("credentials", "list", LOG_LEVEL=level)[0] == 0
 
 
+ADDRESSES = Path("/proc/net/if_inet6")
+
+
+@pytest.mark.skipif(
+    not ADDRESSES.exists() or f"{1:032} " not in ADDRESSES.read_text(),
+    reason="this machine has IPv6 switched off",
+)
 def test_address_that_is_printed_is_served(start_server: StartServer) -> None:
     server = start_server(LISTEN="[::1]:0")
     assert server.host == "::1"
