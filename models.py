@@ -75,7 +75,9 @@ class Credential(Base):
     def revoke(cls, api_key: str) -> bool:
         """Delete the credential; return whether there was one."""
         with transaction():
-            return bool(execute(sa.delete(cls).where(KEY_MATCHES).returning(cls.name), key=api_key))
+            rows = execute(SELECT_CREDENTIAL, key=api_key)  # SQLite 3.34 has no RETURNING
+            execute(sa.delete(cls).where(KEY_MATCHES), key=api_key)
+        return bool(rows)
 
 
 class ProviderConfig(Base):
@@ -112,7 +114,8 @@ class ProviderConfig(Base):
     def clear(cls) -> str | None:
         """Delete the configuration; return the name of its provider, None if nothing was set."""
         with transaction():
-            rows = execute(DELETE_CONFIG)
+            rows = execute(SELECT_CONFIG)
+            execute(DELETE_CONFIG)
         return str(rows[0].provider) if rows else None
 
     @classmethod
@@ -130,7 +133,7 @@ KEY_MATCHES = Credential.api_key == sa.bindparam("key")
 SELECT_CREDENTIAL = sa.select(Credential.secret_hash, Credential.last_used_at).where(KEY_MATCHES)
 UPDATE_LAST_USE = sa.update(Credential).where(KEY_MATCHES).values(last_used_at=sa.bindparam("now"))
 SELECT_CONFIG = sa.select(ProviderConfig)
-DELETE_CONFIG = sa.delete(ProviderConfig).returning(ProviderConfig.provider)
+DELETE_CONFIG = sa.delete(ProviderConfig)
 
 
 @cache
