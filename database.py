@@ -91,7 +91,7 @@ class DatabaseFile:
         if not self.path.is_file() or not self.path.stat().st_size:
             with suppress(FileNotFoundError, NotADirectoryError):
                 self.path.stat()  # raises PermissionError, which is_file hides since Python 3.14
-            hint = "A start creates a missing one. If there was one, see Back up in README."
+            hint = "A start creates a missing one. If it is empty or lost, see Back up in README."
             raise StorageError(f"DATABASE_URL: no database in {self.path}. {hint}")
         with self.alone():
             is_ours = self._opened and self._close()

@@ -54,7 +54,7 @@ DATABASE_URLS = {
     "nonsense": BAD_DATABASE_URL,
     "sqlite:////nowhere/x.db": (
         "DATABASE_URL: no database in /nowhere/x.db."
-        " A start creates a missing one. If there was one, see Back up in README."
+        " A start creates a missing one. If it is empty or lost, see Back up in README."
     ),
     "postgresql://user:SECRET@127.0.0.1:1/db": (
         'Database error: connection failed: connection to server at "127.0.0.1", port 1'
