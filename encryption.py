@@ -14,7 +14,7 @@ from database import StorageError, storage_errors, transaction
 class KeyFileError(StorageError):
     """A key file that is missing, malformed, or has no key for what is stored."""
 
-    remedy = "Restore it (see README), or set the provider again (first move a damaged file away)."
+    remedy = "Restore it (see README), or set the provider again (if damaged, move it away first)."
     public = f"The encryption key file is missing, damaged, or lacks the right key. {remedy}"
 
 

@@ -394,7 +394,7 @@ INTERNAL_ERROR = failure(
     "GeneralException",
     "What is stored cannot be read or written. The log names the cause.",
 )
-KEY_REMEDY = "Restore it (see README), or set the provider again (first move a damaged file away)."
+KEY_REMEDY = "Restore it (see README), or set the provider again (if damaged, move it away first)."
 UNREADABLE = failure(
     "GeneralException",
     f"The encryption key file is missing, damaged, or lacks the right key. {KEY_REMEDY}",
