@@ -283,6 +283,17 @@ def test_database_of_a_later_version_is_read_and_written(
     assert flask("credentials", "create")[0] == 0
 
 
+def test_statements_are_older_than_sqlite_3_35(app: Flask, credential: str) -> None:
+    statements: list[str] = []
+    with app.app_context():
+        app.extensions["database_file"].connect().set_trace_callback(statements.append)
+        assert Credential.revoke(credential[:32])
+        ProviderConfig.put("openai", "key", "author")
+        assert ProviderConfig.clear() == "openai"
+    assert len(statements) > 9
+    assert not [statement for statement in statements if "RETURNING" in statement]
+
+
 def drop_tables(app: Flask) -> None:
     with app.app_context():
         db.drop_all()
