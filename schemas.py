@@ -84,7 +84,7 @@ def _engine_options(database_url: str, folder: Path) -> dict[str, Any]:
             # The server may have been restarted since the last request.
             options |= {"pool_pre_ping": True, "connect_args": {**limits, "options": session}}
             return {"url": url.set(drivername="postgresql+psycopg"), **options}
-        no_file = url.host or url.query or url.database in {None, "", ":memory:"}
+        no_file = url.host or "?" in database_url or url.database in {None, "", ":memory:"}
         if url.drivername == "sqlite" and not no_file:
             return {"url": url.set(database=str(folder / str(url.database))), "paramstyle": "named"}
     raise click.ClickException(

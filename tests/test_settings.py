@@ -45,6 +45,7 @@ BAD_DATABASE_URLS = [
     "sqlite:///:memory:",
     "sqlite://two/slashes",
     "sqlite:///ai-provider.db?mode=ro",
+    "sqlite:///ai?provider.db",
     "oracle://u:SECRET@h/d",
     "postgresql://user:p@SECRET@127.0.0.1:1/db",
     "postgresql://user:p@SECRET/x@127.0.0.1:1/db",
