@@ -35,15 +35,16 @@ class KeyFile:
         try:
             state = path.stat()
             version = (state.st_dev, state.st_ino, state.st_size, state.st_ctime_ns)
-            # Before Linux 6.13, two changes within 4 ms leave the same time.
-            if version != self.version or abs(time() - state.st_ctime) < 0.1:
+            # Before Linux 6.13, two changes within 4 ms (or 10) leave the same time.
+            is_young = abs(time() - state.st_ctime) < 0.1
+            if version != self.version:
                 if not path.is_file():  # a FIFO would block
                     raise StorageError(f"ENCRYPTION_KEY_FILE must name a regular file, not {path}.")
                 self.cipher = MultiFernet([Fernet(key) for key in path.read_bytes().split()])
                 for place in (self.path, self.path.parent):  # its writer may not have waited
                     with suppress(OSError):  # which a folder or a file system may not permit
                         sync(place)
-                self.version = version
+                self.version = () if is_young else version
         except (FileNotFoundError, ValueError) as error:
             cause = getattr(error, "strerror", "not one Fernet key per line")
             fault = f"ENCRYPTION_KEY_FILE: {self.path}: {cause}."

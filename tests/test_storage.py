@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
-from time import time
 from typing import Any
 
 import psycopg
@@ -95,15 +94,17 @@ def test_other_keys_within_the_same_time_are_read(
     stat = Path.stat
 
     def stat_before_linux_6_13(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
-        times = {"st_ctime": time(), "st_ctime_ns": 0}
+        times = {"st_ctime": 1000.0, "st_ctime_ns": 0}
         return os.stat_result(stat(path, follow_symlinks=follow_symlinks)[:10], times)
 
     monkeypatch.setattr(Path, "stat", stat_before_linux_6_13)
+    monkeypatch.setattr("encryption.time", lambda: 1000.0)
     token = Fernet(OTHER_ENCRYPTION_KEY).encrypt(b"text")
     keys = encryption.KeyFile()
     with app.app_context():
         keys.read()
         key_file.write_bytes(OTHER_ENCRYPTION_KEY)
+        monkeypatch.setattr("encryption.time", lambda: 1001.0)
         assert keys.read().decrypt(token) == b"text"
 
 
