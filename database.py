@@ -190,9 +190,9 @@ class DatabaseFile:
         except sqlite3.Error as error:  # the -wal keeps all
             fault = str(error)
         with suppress(OSError):
-            if self._state()[:1] != self._opened[:1]:  # by its time, a process knows its database
-                stamp = self._opened[0] if fault else time_ns()  # Linux < 6.13 has one each 4 ms
-                os.utime(self.path, ns=(stamp, stamp))
+            is_young = abs(time_ns() - self._opened[0]) < 10**8  # Linux < 6.13 has a time each 4 ms
+            if is_young or self._state()[:1] != self._opened[:1]:  # by it, a process knows its own
+                os.utime(self.path, ns=(self._opened[0] if fault else time_ns(),) * 2)
         self._opened[:1] = self._state()[:1] or self._opened[:1]  # it may be away, and come back
         return fault
 
