@@ -310,7 +310,7 @@ def test_wal_that_returns_after_an_opening_has_failed_is_kept(app: Flask, tmp_pa
     wal.write_bytes(contents[1])
     app.extensions["database_file"].save()
     database.write_bytes(contents[0])
-    os.utime(database, (0, 0))  # before Linux 6.13, it could have the time of the other
+    os.utime(database, (0, 0))  # before Linux 6.13, it could have the time of the one before
     config = stored(app)
     assert config
     assert config.provider == "other"

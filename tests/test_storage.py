@@ -284,7 +284,7 @@ def test_database_of_a_later_version_is_read_and_written(
     assert flask("credentials", "create")[0] == 0
 
 
-def test_statements_are_older_than_sqlite_3_35(app: Flask, credential: str) -> None:
+def test_revoke_and_clear_use_no_returning(app: Flask, credential: str) -> None:
     statements: list[str] = []
     with app.app_context():
         app.extensions["database_file"].connect().set_trace_callback(statements.append)
