@@ -190,8 +190,8 @@ class DatabaseFile:
         except sqlite3.Error as error:  # the -wal keeps all
             fault = str(error)
         with suppress(OSError):
-            is_young = abs(time_ns() - self._opened[0]) < 10**8  # Linux < 6.13 has a time each 4 ms
-            if is_young or self._state()[:1] != self._opened[:1]:  # by it, a process knows its own
+            is_young = abs(time_ns() - self._opened[0]) < 10**8  # Linux < 6.13: one time for 4 ms
+            if is_young or self._state()[:1] != self._opened[:1]:  # the time tells whose it is
                 os.utime(self.path, ns=(self._opened[0] if fault else time_ns(),) * 2)
         self._opened[:1] = self._state()[:1] or self._opened[:1]  # it may be away, and come back
         return fault
