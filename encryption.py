@@ -35,9 +35,9 @@ class KeyFile:
         try:
             state = path.stat()
             version = (state.st_dev, state.st_ino, state.st_size, state.st_ctime_ns)
-            # Before Linux 6.13, two changes within 4 ms (or 10) leave the same time.
-            is_young = abs(time() - state.st_ctime) < 0.1
             if version != self.version:
+                # Before Linux 6.13, two changes within 4 ms (or 10) leave the same time.
+                is_young = abs(time() - state.st_ctime) < 0.1
                 if not path.is_file():  # a FIFO would block
                     raise StorageError(f"ENCRYPTION_KEY_FILE must name a regular file, not {path}.")
                 self.cipher = MultiFernet([Fernet(key) for key in path.read_bytes().split()])
